@@ -53,15 +53,25 @@ class Reader:
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)  # type: ignore[union-attr]
 
-    def epoch(self, skip: int = 0, then: Callable[[], None] = lambda: None) -> Iterator[Any]:
-        """The batches from number `skip` on; `then` is called between finding that place and reading on."""
+    def epoch(self) -> Iterator[Any]:
+        """All batches of the next epoch."""
+        if self.world == 1 and self._planned is None:
+            return iter(self.batches)  # the caller's own loader, with its workers
+        return self.rest_of_epoch(0)
+
+    def rest_of_epoch(
+        self, skip: int, start: Callable[[], None] = lambda: None, then: Callable[[], None] = lambda: None
+    ) -> Iterator[Any]:
+        """The batches from number `skip` on.
+
+        `start` is called before the order is drawn, `then` between finding the place in it and reading on.
+        """
         if not isinstance(self.batches, DataLoader) or self.batches.batch_sampler is None:
             return self._epoch_in_full(skip, then)
-        if skip == 0 and self.world == 1:
-            return iter(self.batches)  # the caller's own loader, with its workers
         if self._planned is None:
             self._planned = _with_plan(self.batches, _Plan(self.batches.batch_sampler, self.rank, self.world))
-        self._planned.batch_sampler.skip, self._planned.batch_sampler.then = skip, then  # type: ignore[union-attr]
+        plan: _Plan = self._planned.batch_sampler  # type: ignore[assignment]
+        plan.skip, plan.start, plan.then = skip, start, then
         return iter(self._planned)
 
     def _epoch_in_full(self, skip: int, then: Callable[[], None]) -> Iterator[Any]:
@@ -77,9 +87,12 @@ class _Plan:
 
     def __init__(self, batch_sampler: Iterable[list[Any]], rank: int, world: int) -> None:
         self.batch_sampler, self.rank, self.world = batch_sampler, rank, world
-        self.skip, self.then = 0, lambda: None
+        self.skip = 0
+        self.start: Callable[[], None] = lambda: None
+        self.then: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[list[Any]]:
+        self.start()
         batches = iter(self.batch_sampler)
         if self.world > 1:  # process 0 decides, whatever the sampler draws from
             box = [list(batches) if self.rank == 0 else None]

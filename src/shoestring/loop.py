@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from numbers import Real
 from pathlib import Path
@@ -266,8 +267,9 @@ class _Run:
                     self.save_if(self.checkpoint_every and state.step % self.checkpoint_every == 0)
                 else:
                     ended = True
-            if not ended and self.done < self.reader.length():
-                break  # in the middle of an epoch
+            # Told to stop: after the last batch as well? Samplers may draw once more at the end, so look for it.
+            if not ended and (self.done < self.reader.length() or next(batches, None) is not None):
+                break
             if self.done == 0:
                 raise ValueError(f"batches is empty in epoch {state.epoch}, after {state.step} steps")
             self.record()
@@ -288,8 +290,16 @@ class _Run:
         # where they were at the checkpoint.
         restored, self.restored = self.restored, None
         self.epoch_random = restored["epoch_random"]
-        set_random_state(self.epoch_random, self.device, self.generators)
-        return self.reader.epoch(self.done, lambda: set_random_state(restored["random"], self.device, self.generators))
+
+        def put_back(random: dict[str, Any]) -> None:
+            set_random_state(random, self.device, self.generators)
+
+        put_back(self.epoch_random)
+        # A new DataLoader draws a seed for its workers. Persistent workers had drawn it before their second epoch.
+        drawn = self.state.epoch > 0 and getattr(self.reader.batches, "persistent_workers", False)
+        start = partial(put_back, self.epoch_random) if drawn else _nothing
+        then = partial(put_back, restored["random"]) if self.done else _nothing
+        return self.reader.rest_of_epoch(self.done, start, then)
 
     def step_on(self, group: list[Any]) -> None:
         """One optimizer step on the mean loss of the batches in `group`."""
@@ -336,21 +346,23 @@ class _Run:
 
     def record(self) -> None:
         """Add the mean of the pending steps to the history."""
-        if not self.pending:
-            return
-        self.read_losses()
-        means = {**_mean(self.pending), "lr": self.pending[-1]["lr"]}
-        if not self.alone:
-            values = torch.tensor(list(means.values()), dtype=torch.float64, device=self.device)
-            means = dict(zip(means, self.accelerator.reduce(values, "mean").tolist(), strict=True))
-        self.state.history.append({"step": self.state.step, "epoch": self.state.epoch, **means})
-        self.pending.clear()
+        if self.pending:
+            self.read_pending()
+            means = {**_mean(self.pending), "lr": self.pending[-1]["lr"]}
+            self.state.history.append({"step": self.state.step, "epoch": self.state.epoch, **means})
+            self.pending.clear()
 
-    def read_losses(self) -> None:
-        """Turn the pending tensors into floats: here the GPU is waited for."""
-        for number, entry in enumerate(self.pending, self.state.step + 1 - len(self.pending)):
-            entry.update({name: float(value) for name, value in entry.items()})
-            _check_finite(entry.get("loss", 0.0), number)
+    def read_pending(self) -> None:
+        """Turn the pending tensors into floats, of all processes: here the GPU is waited for."""
+        numbers = [float(value) for entry in self.pending for value in entry.values()]
+        if not self.alone:
+            local = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+            numbers = self.accelerator.reduce(local, "mean").tolist()
+        values = iter(numbers)
+        for entry in self.pending:
+            entry.update({name: next(values) for name in entry})
+        for step, entry in enumerate(self.pending, self.state.step + 1 - len(self.pending)):
+            _check_finite(entry.get("loss", 0.0), step)
 
     def status(self) -> tuple[int, float]:
         """Step and loss for the progress bar, without waiting for a GPU."""
@@ -398,7 +410,7 @@ class _Run:
         self.keeper.load(path, saved)
         self.state.step, self.state.epoch, self.state.history = run["step"], run["epoch"], run["history"]
         self.done, self.stop, self.saved_at = run["done"], run["stop"], (run["step"], run["epoch"])
-        self.restored, self.pending = restored, restored["pending"]
+        self.restored, self.pending = restored, run["pending"]
 
     @property
     def saves_when_interrupted(self) -> bool:
@@ -406,17 +418,28 @@ class _Run:
 
     def save_if(self, due: object) -> None:
         if self.keeper is not None and (due or self.interrupted):
-            self.read_losses()
+            self.read_pending()
             now = random_state(self.device, self.generators)
-            own = {"random": now, "epoch_random": self.epoch_random if self.done else now, "pending": self.pending}
-            run = {"step": self.state.step, "epoch": self.state.epoch, "history": self.state.history}
-            run |= {"done": self.done, "stop": self.stop, "processes": gather_object([own])}
+            own = {"random": now, "epoch_random": self.epoch_random if self.done else now}
+            run = {
+                "step": self.state.step,
+                "epoch": self.state.epoch,
+                "done": self.done,
+                "stop": self.stop,
+                "history": self.state.history,
+                "pending": self.pending,
+                "processes": gather_object([own]),
+            }
             if self.accelerator.is_main_process:
                 self.keeper.save(self.state.step, run)
             self.accelerator.wait_for_everyone()
             self.saved_at = (self.state.step, self.state.epoch)
         if self.interrupted:
             raise KeyboardInterrupt
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Step(nn.Module):

@@ -163,7 +163,13 @@ class AnalyticHead(nn.Module):
     @torch.no_grad()
     def update(self, features: Tensor, ids: Tensor, weight: Tensor | None = None) -> AnalyticHead:
         """Learn rows: features (N, e), class ids (N,) of any integer dtype, optional weights (N,) > 0."""
-        E, ids, weight = self._check_rows(features, ids, weight)
+        self._check_rows(features, ids, weight)
+        return self.learn_checked(features, ids, weight)
+
+    @torch.no_grad()
+    def learn_checked(self, features: Tensor, ids: Tensor, weight: Tensor | None = None) -> AnalyticHead:
+        """`update` for rows that a caller has already checked to be finite and of fitting shape."""
+        E, ids, weight = self._here(features, ids, weight)
         with uninterrupted():
             self._grow(int(ids.max()) + 1)
             self._add(E, ids, weight, 1.0)
@@ -182,7 +188,8 @@ class AnalyticHead(nn.Module):
             seen because a sum of squares would fall below zero; the head is then unchanged.
         """
         self._refuse_compensation("forget")
-        E, ids, weight = self._check_rows(features, ids, weight)
+        self._check_rows(features, ids, weight)
+        E, ids, weight = self._here(features, ids, weight)
         if int(ids.max()) >= self.n_classes:
             raise ValueError(f"cannot forget class id {int(ids.max())}: ids seen are 0 to {self.n_classes - 1}")
         self._check_seen(E, ids, weight)
@@ -322,7 +329,11 @@ class AnalyticHead(nn.Module):
             solved["second"] = solve_ridge(self.second.flush(), self.second.Q[: self.n_classes], solved["gamma"])
         return solved["second"]
 
-    def _check_rows(self, E: Tensor, ids: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _here(self, E: Tensor, ids: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        device = self.total.device
+        return E.to(device), ids.to(device, torch.int64), None if weight is None else weight.to(device)
+
+    def _check_rows(self, E: Tensor, ids: Tensor, weight: Tensor | None) -> None:
         if E.ndim != 2 or E.shape[1] != self.in_features or not len(E):
             raise ValueError(f"features must have shape (N >= 1, {self.in_features}), got {tuple(E.shape)}")
         if ids.shape != E.shape[:1] or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -333,8 +344,6 @@ class AnalyticHead(nn.Module):
             raise ValueError("features hold NaN or infinity")
         if weight is not None and (weight.shape != ids.shape or not bool((weight > 0).all() & weight.isfinite().all())):
             raise ValueError(f"weight must hold {len(E)} finite numbers > 0")
-        device = self.total.device
-        return E.to(device), ids.to(device, torch.int64), None if weight is None else weight.to(device)
 
     def _check_seen(self, E: Tensor, ids: Tensor, weight: Tensor | None) -> None:
         """Refuse to take out what cannot have been put in: necessary conditions, O(N M)."""

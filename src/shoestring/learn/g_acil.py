@@ -388,7 +388,7 @@ class GACIL(ClassifierMixin, BaseEstimator):
         labels = _union(np.empty(0, y.dtype) if first else self._labels, y)
         if len(y):
             ids = _ids(labels, y)
-            head.update(_tensor(X), torch.as_tensor(ids), weight)
+            head.learn_checked(_tensor(X), torch.as_tensor(ids), weight)
         self.head_ = head
         self._set_labels(labels)
 
