@@ -84,14 +84,14 @@ def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], steps: int, r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     os.environ["FORCE_COLOR"] = "1"  # rich draws the bar as on a terminal
     cases = {
         "MLP, 5,000 parameters (the loop itself)": (lambda: mlp(32), (32, 64), 300, False),
-        "MLP, 0.6 M parameters": (lambda: mlp(700), (128, 64), 100, True),
-        "conv net, 28 x 28": (conv_net, (64, 1, 28, 28), 60, True),
+        "MLP, 0.2 M parameters": (lambda: mlp(400), (64, 64), 200, True),
+        "conv net, 28 x 28": (conv_net, (32, 1, 28, 28), 100, True),
     }
     print(f"{'model':42} {'ms/step by hand':>16} {'time, fit/hand':>15} {'with a bar':>11}")
     late = []

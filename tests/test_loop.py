@@ -221,16 +221,20 @@ def linear() -> tuple[nn.Linear, torch.optim.SGD]:
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def test_accumulated_batches_equal_one_large_batch_and_the_last_group_takes_the_mean_of_what_is_left() -> None:
+@pytest.mark.parametrize("accumulate", [2, 3])  # groups of 2, 2 and 1 batches; of 3 and 2
+def test_accumulated_batches_equal_one_large_batch_and_the_last_group_takes_the_mean_of_what_is_left(
+    accumulate: int,
+) -> None:
     x, y = regression(10)
-    small = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 10, 2)]  # groups of 2, 2 and 1 batches
-    large = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 10, 4)]
+    small = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 10, 2)]
+    rows = 2 * accumulate
+    large = [(x[i : i + rows], y[i : i + rows]) for i in range(0, 10, rows)]
     model, optimizer = linear()
-    history = fit(model, small, mse, optimizer, epochs=3, accumulate=2, log_every=1)
+    history = fit(model, small, mse, optimizer, epochs=3, accumulate=accumulate, log_every=1)
     other, optimizer = linear()
     expected = fit(other, large, mse, optimizer, epochs=3, log_every=1)
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-6, atol=1e-7)
-    assert [r["step"] for r in history] == list(range(1, 10))
+    assert [r["step"] for r in history] == list(range(1, 3 * len(large) + 1))
     assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in expected])
 
 
@@ -452,12 +456,13 @@ def test_mixed_precision_is_around_the_step_and_leaves_no_trace() -> None:
     forward = model.forward
     kinds: list[torch.dtype] = []
 
-    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         output = model(batch[0])
         kinds.append(output.dtype)
-        return nn.functional.mse_loss(output.float(), batch[1])
+        return nn.functional.mse_loss(output.float(), batch[1]), {"size": 12, "first": output[0, 0]}
 
-    fit(model, [regression()], step, optimizer, mixed_precision="bf16")
+    history = fit(model, [regression()], step, optimizer, mixed_precision="bf16")
+    assert history[0]["size"] == 12
     fit(model, [regression()], step, optimizer)
     fit(model, [regression()], step, optimizer, mixed_precision="no")
     assert kinds == [torch.bfloat16, torch.float32, torch.float32]
@@ -491,6 +496,42 @@ def test_own_accelerator_is_used_and_kept_as_it_was() -> None:
         other = Accelerator(cpu=True, gradient_accumulation_steps=2)
         with pytest.raises(ValueError, match="accumulate="):
             fit(model, [regression()], step, optimizer, accelerator=other)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_gradient_scaler_skips_overflows_with_the_scheduler_and_is_saved(tmp_path: Path) -> None:
+    def run(scaled: bool, **options: Any) -> tuple[dict[str, Tensor], Records, float]:
+        accelerator = Accelerator(cpu=True)
+        if scaled:  # what mixed_precision="fp16" sets up on a GPU; the first steps overflow
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
+        model, optimizer = linear()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        history = fit(
+            model,
+            [regression()] * 3,
+            lambda model, batch: 16 * mse(model, batch),
+            optimizer,
+            scheduler=scheduler,
+            accelerator=accelerator,
+            log_every=1,
+            **options,
+        )
+        return values(model), history, accelerator.scaler.get_scale() if scaled else 1.0
+
+    try:
+        expected, history, scale = run(True, epochs=4)
+        lrs = [r["lr"] for r in history]
+        skipped = lrs.count(0.1) - 1
+        assert 1 <= skipped <= 8
+        assert lrs[skipped:] == [0.1 * 0.5**i for i in range(12 - skipped)]
+        plain, _, _ = run(False, max_steps=12 - skipped)
+        torch.testing.assert_close(expected, plain)
+
+        run(True, checkpoint=tmp_path, max_steps=skipped + 1)
+        found, again, found_scale = run(True, checkpoint=tmp_path, epochs=4)
+        assert_same(found, expected)
+        assert (again, found_scale) == (history, scale)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -533,11 +574,20 @@ def run_until(job: Job, folder: Path, how: str, at: int) -> None:
         job.fit(checkpoint=folder, callbacks=[interrupt])
 
 
-@pytest.mark.parametrize("shuffle", SHUFFLES)
-@pytest.mark.parametrize("how", ["max_steps", "ctrl-c", "callback", "error"])
+@pytest.mark.parametrize(
+    ("how", "shuffle"),
+    [
+        *(("max_steps", shuffle) for shuffle in SHUFFLES),
+        ("ctrl-c", "generator"),
+        ("ctrl-c", "global"),
+        ("callback", "generator"),
+        ("error", "generator"),
+        ("error", "iterable"),
+    ],
+)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(
-    tmp_path: Path, shuffle: str, how: str, accumulate: int
+    tmp_path: Path, how: str, shuffle: str, accumulate: int
 ) -> None:
     job = Job(shuffle, accumulate)
     expected = job.result(job.fit())
@@ -592,6 +642,8 @@ def test_killed_process_goes_on_where_the_last_checkpoint_was_written(tmp_path: 
         )
     )
     folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".step-0000000005.0123456789abcdef.safetensors").write_bytes(b"half")  # of an earlier kill
     killed = subprocess.run([sys.executable, str(script), str(folder)], timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -687,6 +739,7 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
 
 
+@pytest.mark.filterwarnings("ignore:checkpoint")
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "one bit"])
 def test_broken_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, how: str) -> None:
     job = Job()
@@ -1031,14 +1084,13 @@ def test_iterator_is_good_for_one_epoch_and_says_when_it_runs_out() -> None:
 # Several processes.
 
 DDP_SCRIPT = '''
-import json, random, sys
+import json, os, random, sys
 import numpy as np
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from accelerate import PartialState
 from shoestring.loop import fit
 
 folder = Path(sys.argv[1])
@@ -1061,7 +1113,7 @@ def step(model, batch):  # the model itself has no forward
 
 
 def rank():
-    return PartialState().process_index
+    return int(os.environ.get("RANK", 0))
 
 
 def loader(kind):
@@ -1115,7 +1167,6 @@ def nan_error():
 
 
 def main():
-    PartialState(cpu=True)
     results = {}
     for kind in ("loader", "list"):
         for accumulate in (1, 2):
@@ -1139,16 +1190,18 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(DDP_SCRIPT)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    # --multi_gpu means torchrun; with --cpu accelerate starts several processes through MPI only
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(port), str(script), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, timeout=120, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
@@ -1172,7 +1225,6 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
                 assert [r["loss"] for r in result[name]] == pytest.approx([r["loss"] for r in history], rel=1e-5)
             # a metric of each process's share, averaged over both: not that of one of them
             assert results[0][name] == results[1][name]
-    PartialState._reset_state()
     for result in results:
         assert result["stopped at"] == 4
         assert result["resumed"] is True
@@ -1186,9 +1238,20 @@ def test_checkpoint_of_two_processes_is_resumed_by_one_with_a_warning(tmp_path: 
     job.fit(checkpoint=tmp_path, max_steps=5)
     (*_, path) = sorted(tmp_path.iterdir())
     saved = _checkpoint.read(path)
-    saved["run"]["processes"] *= 2
+    saved["random"] *= 2
     _checkpoint.write(path, saved)
     job = Job()
     with pytest.warns(UserWarning, match="written by 2 processes and is resumed by 1"):
         history = job.fit(checkpoint=tmp_path)
     assert history[-1]["step"] == 24
+
+
+def test_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parent.parent / "docs" / "loop.md"
+    blocks = [part.split("```")[0] for part in page.read_text().split("```python\n")[1:]]
+    assert len(blocks) >= 5
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), space)
+    assert any((tmp_path / "runs").iterdir())

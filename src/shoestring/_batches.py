@@ -60,25 +60,26 @@ class Reader:
         return self.rest_of_epoch(0)
 
     def rest_of_epoch(
-        self, skip: int, start: Callable[[], None] = lambda: None, then: Callable[[], None] = lambda: None
+        self, skip: int, start: Callable[[], None] | None = None, then: Callable[[], None] | None = None
     ) -> Iterator[Any]:
         """The batches from number `skip` on.
 
         `start` is called before the order is drawn, `then` between finding the place in it and reading on.
         """
         if not isinstance(self.batches, DataLoader) or self.batches.batch_sampler is None:
-            return self._epoch_in_full(skip, then)
+            return self._rest_in_full(skip, then)
         if self._planned is None:
             self._planned = _with_plan(self.batches, _Plan(self.batches.batch_sampler, self.rank, self.world))
         plan: _Plan = self._planned.batch_sampler  # type: ignore[assignment]
         plan.skip, plan.start, plan.then = skip, start, then
         return iter(self._planned)
 
-    def _epoch_in_full(self, skip: int, then: Callable[[], None]) -> Iterator[Any]:
+    def _rest_in_full(self, skip: int, then: Callable[[], None] | None) -> Iterator[Any]:
         batches = iter(self.batches)
         for _ in islice(batches, skip):
             pass
-        then()
+        if then:
+            then()
         yield from batches if self.world == 1 else (share(batch, self.rank, self.world) for batch in batches)
 
 
@@ -88,18 +89,20 @@ class _Plan:
     def __init__(self, batch_sampler: Iterable[list[Any]], rank: int, world: int) -> None:
         self.batch_sampler, self.rank, self.world = batch_sampler, rank, world
         self.skip = 0
-        self.start: Callable[[], None] = lambda: None
-        self.then: Callable[[], None] = lambda: None
+        self.start: Callable[[], None] | None = None
+        self.then: Callable[[], None] | None = None
 
     def __iter__(self) -> Iterator[list[Any]]:
-        self.start()
+        if self.start:
+            self.start()
         batches = iter(self.batch_sampler)
         if self.world > 1:  # process 0 decides, whatever the sampler draws from
             box = [list(batches) if self.rank == 0 else None]
             batches = iter(broadcast_object_list(box)[0])
         for _ in islice(batches, self.skip):
             pass
-        self.then()
+        if self.then:
+            self.then()
         for indices in batches:
             yield indices if self.world == 1 else [indices[i] for i in rows(len(indices), self.rank, self.world)]
 

@@ -1,4 +1,4 @@
-"""A training run on the disk: one safetensors file holds tensors and, as JSON in its header, everything else.
+"""State on the disk: one safetensors file holds tensors and, as JSON in its header, everything else.
 
 No pickle: `write` takes dicts, lists, tuples, numbers, strings and tensors, nested at will, and `read` gives the same
 back, bit for bit. `random_state` and `set_random_state` do the same for the random number generators.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoestring._files import atomic_path
 
@@ -159,92 +158,3 @@ def _device_random(device: torch.device, verb: str) -> Any:
     if device.type == "mps":  # one device, no argument
         return function
     return (lambda: function(device)) if verb == "get" else (lambda state: function(state, device))
-
-
-class Keeper:
-    """The checkpoints of one run in one folder: ``step-<number>.safetensors``, the last two of them.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Made if it does not exist.
-    model : nn.Module
-    parts : mapping of str to object
-        Optimizer, scheduler and whatever else has ``state_dict`` and ``load_state_dict``.
-    """
-
-    def __init__(self, folder: Path, model: nn.Module, parts: Mapping[str, Any]) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"checkpoint must be a folder, got the file {folder}")
-        self.folder, self.model, self.parts = folder, model, parts
-        self._kept: list[Path] = []
-
-    def save(self, step: int, run: Mapping[str, Any]) -> None:
-        """Write the checkpoint of `step`, with `run` beside the states of model and parts."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:010d}.safetensors"
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        write(path, {"run": dict(run), "model": self.model.state_dict(), "parts": states})
-        self._kept = [*(kept for kept in self._kept if kept != path), path][-2:]
-        for old in set(self._found()) - set(self._kept):
-            old.unlink(missing_ok=True)
-
-    def find(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, and what is in it; None if there is none."""
-        broken = None
-        for path in self._found():
-            try:
-                return path, read(path)
-            except ValueError as error:
-                broken = broken or error
-                warnings.warn(f"{error}. Trying the one before.", stacklevel=2)
-        if broken:
-            raise broken
-        return None
-
-    def load(self, path: Path, saved: Mapping[str, Any]) -> None:
-        """Put model and parts into the state of the checkpoint, or raise ValueError before anything has changed."""
-        if set(saved["parts"]) != set(self.parts):
-            raise ValueError(
-                f"checkpoint {path} is of another run: it has the states of {sorted(saved['parts'])}, "
-                f"this run needs {sorted(self.parts)}"
-            )
-        _check_model(self.model, saved["model"], path)
-        for name, part in self.parts.items():
-            try:
-                part.load_state_dict(saved["parts"][name])
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"the {name} in checkpoint {path} does not fit: {error}") from error
-            if isinstance(part, torch.optim.Optimizer):
-                _keep_dtypes(part, saved["parts"][name])
-        self.model.load_state_dict(saved["model"])
-        self._kept = [path]
-
-    def _found(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.safetensors"), key=lambda path: path.name, reverse=True)
-
-
-def _check_model(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
-    """Names, shapes and dtypes, all before anything is loaded: `load_state_dict` would load what fits, then raise."""
-    own = model.state_dict()
-    if names := sorted(set(own) ^ set(state)):
-        raise ValueError(f"checkpoint {path} is of another model: only one of the two has {', '.join(names[:3])}")
-    for name, value in own.items():
-        if isinstance(value, Tensor) and (value.shape, value.dtype) != (state[name].shape, state[name].dtype):
-            raise ValueError(
-                f"checkpoint {path} is of another model: {name} is {tuple(state[name].shape)} {state[name].dtype} "
-                f"there, {tuple(value.shape)} {value.dtype} here"
-            )
-
-
-def _keep_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Put back the saved state's dtypes: torch casts it to that of the parameters (float32 moments to bfloat16)."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, saved in state["state"].items():
-        if not (isinstance(index, int) and index < len(parameters) and isinstance(saved, Mapping)):
-            continue  # an optimizer with a layout and a load_state_dict of its own
-        loaded = optimizer.state[parameters[index]]
-        for name, value in saved.items():
-            now = loaded.get(name)
-            if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
-                loaded[name] = value.to(now.device)

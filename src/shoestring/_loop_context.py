@@ -65,6 +65,7 @@ def accelerator_for(given: Accelerator | None, mixed_precision: str | None, mode
         raise ValueError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {mixed_precision!r}")
     launched = "ACCELERATE_USE_CPU" in os.environ or "LOCAL_RANK" in os.environ
     on_cpu = next(model.parameters()).device.type == "cpu"
+    gpu = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
     fresh, in_use = PartialState._shared_state == {}, AcceleratorState._shared_state != {}
     plugin = dict(GradientState().plugin_kwargs) if in_use else {}
     accelerator = given
@@ -74,9 +75,16 @@ def accelerator_for(given: Accelerator | None, mixed_precision: str | None, mode
                 f"mixed_precision must be {AcceleratorState().mixed_precision!r} as in the Accelerator in use, got "
                 f"{mixed_precision!r}"
             )
-        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=fresh and not launched and on_cpu)
+        on_cpu = on_cpu and not (launched and gpu)  # else a launcher decides the device
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=fresh and on_cpu)
     models, optimizers = list(accelerator._models), list(accelerator._optimizers)
     try:
+        launched_processes = int(os.environ.get("WORLD_SIZE", 1))
+        if launched_processes != accelerator.num_processes:
+            raise ValueError(
+                f"{launched_processes} processes were launched, but accelerate was set up before fit for "
+                f"{accelerator.num_processes}: on CPUs, with PartialState(cpu=True)"
+            )
         kind = accelerator.distributed_type.value
         if kind != "NO" and not kind.startswith("MULTI_"):
             raise ValueError(f"the loop runs in one process or under DDP, got {kind} from accelerate")

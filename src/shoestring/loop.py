@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from shoestring._batches import Reader
-from shoestring._checkpoint import Keeper, random_state, set_random_state
 from shoestring._loop_context import (
     accelerator_for,
     check_arguments,
@@ -37,6 +35,7 @@ from shoestring._loop_context import (
     progress_bar,
     train_mode,
 )
+from shoestring._resume import Keeper
 
 Record = dict[str, float]
 
@@ -109,9 +108,10 @@ def fit(
     Parameters
     ----------
     model : nn.Module
-        Trained on the device it is on (under ``accelerate launch``, on the device of each process). Several models
-        go into one ``nn.ModuleDict``. A model in eval mode is put into train mode; if it is in train mode already,
-        submodules you have set to eval stay so. Afterwards every mode is as it was.
+        Trained on the device it is on (under ``accelerate launch``, or with an `accelerator`, on the device which that
+        gives to the process). Several models go into one ``nn.ModuleDict``. A model in eval mode is put into train
+        mode; if it is in train mode already, submodules you have set to eval stay so. Afterwards every mode is as
+        it was.
     batches : iterable
         A DataLoader, a list, or anything that can be iterated once per epoch. A batch is what `step` wants: tensors
         in tuples, lists, dicts; they are moved to the model's device. With several processes each gets its share of
@@ -233,6 +233,7 @@ class _Run:
         self.accumulate, self.clip_grad_norm, self.log_every = accumulate, clip_grad_norm, log_every
         self.alone = accelerator.num_processes == 1
         self.device = next(model.parameters()).device
+        self.to_device = partial(send_to_device, device=self.device, non_blocking=self.device.type == "cuda")
         self.look_at_once = self.alone and self.device.type == "cpu"  # where reading the loss costs nothing
         # Step and model in one module: DDP and autocast see all of it, whichever methods of the model it calls.
         self.run_step = accelerator.prepare_model(_Step(model, step), device_placement=False)
@@ -244,15 +245,13 @@ class _Run:
         self.generators: list[torch.Generator] = []
         self.state = State(model, optimizer)
         self.done = 0  # batches of this epoch
+        self.exhausted = False  # there was no further batch when the last group was read
         self.stop = False  # a callback said so
         self.manual = False  # the last step updated the model itself
         self.pending: list[dict[str, Any]] = []  # steps that are not in the history yet
         self.interrupted: list[int] = []  # Ctrl-C, held back until the step is done
         self.keeper: Keeper | None = None
         self.checkpoint_every: int | None = None
-        self.saved_at: tuple[int, int] | None = None
-        self.epoch_random: Any = None  # the random generators where the epoch began
-        self.restored: Any = None  # what this process had in the checkpoint that the run goes on from
 
     def train(self, last_epoch: float, last_step: float, show: Callable[[], None]) -> None:
         state = self.state
@@ -261,6 +260,7 @@ class _Run:
             ended = False
             while state.step < last_step and not self.stop and not ended:
                 if group := list(islice(batches, self.accumulate)):
+                    self.exhausted = len(group) < self.accumulate
                     self.step_on(group)
                     show()
                     self.call(self.callbacks)
@@ -274,32 +274,18 @@ class _Run:
                 raise ValueError(f"batches is empty in epoch {state.epoch}, after {state.step} steps")
             self.record()
             self.call(self.epoch_callbacks)
-            state.epoch, self.done = state.epoch + 1, 0
+            state.epoch, self.done, self.exhausted = state.epoch + 1, 0, False
             self.save_if(not self.checkpoint_every)
-        if self.restored:  # the run was over: leave the generators as it left them
-            set_random_state(self.restored["random"], self.device, self.generators)
-        self.save_if(self.saved_at != (state.step, state.epoch))
+        if self.keeper is not None:
+            self.keeper.end()
+            self.save_if(self.keeper.saved_at != (state.step, state.epoch))
         self.record()
 
     def begin_epoch(self) -> Iterator[Any]:
         self.reader.set_epoch(self.state.epoch)
-        if self.restored is None:
-            self.epoch_random = self.keeper and random_state(self.device, self.generators)
+        if self.keeper is None:
             return self.reader.epoch()
-        # The order of the batches comes from the generators as they were at the epoch's start, all else goes on from
-        # where they were at the checkpoint.
-        restored, self.restored = self.restored, None
-        self.epoch_random = restored["epoch_random"]
-
-        def put_back(random: dict[str, Any]) -> None:
-            set_random_state(random, self.device, self.generators)
-
-        put_back(self.epoch_random)
-        # A new DataLoader draws a seed for its workers. Persistent workers had drawn it before their second epoch.
-        drawn = self.state.epoch > 0 and getattr(self.reader.batches, "persistent_workers", False)
-        start = partial(put_back, self.epoch_random) if drawn else _nothing
-        then = partial(put_back, restored["random"]) if self.done else _nothing
-        return self.reader.rest_of_epoch(self.done, start, then)
+        return self.keeper.begin_epoch(self.state.epoch, self.done, self.exhausted)
 
     def step_on(self, group: list[Any]) -> None:
         """One optimizer step on the mean loss of the batches in `group`."""
@@ -311,7 +297,7 @@ class _Run:
         results = []
         for i, batch in enumerate(group, 1):
             with nullcontext() if i == len(group) else self.accelerator.no_sync(self.run_step):
-                loss, metrics = _loss_and_metrics(self.run_step(send_to_device(batch, self.device)))
+                loss, metrics = _loss_and_metrics(self.run_step(self.to_device(batch)))
                 if loss is not None:
                     if self.look_at_once:
                         _check_finite(loss.item(), state.step + 1)
@@ -355,7 +341,7 @@ class _Run:
     def read_pending(self) -> None:
         """Turn the pending tensors into floats, of all processes: here the GPU is waited for."""
         numbers = [float(value) for entry in self.pending for value in entry.values()]
-        if not self.alone:
+        if numbers and not self.alone:
             local = torch.tensor(numbers, dtype=torch.float64, device=self.device)
             numbers = self.accelerator.reduce(local, "mean").tolist()
         values = iter(numbers)
@@ -389,28 +375,13 @@ class _Run:
         parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.accelerator.scaler}
         parts |= {f"callback {i}": c for i, c in enumerate((*self.callbacks, *self.epoch_callbacks))}
         parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-        self.keeper, self.checkpoint_every = Keeper(folder, self.state.model, parts), every
-        found = self.keeper.find() if resume else None
-        if found is None:
-            return
-        path, saved = found
-        run = saved["run"]
-        restored = run["processes"][self.accelerator.process_index % len(run["processes"])]
-        if len(restored["random"]["generators"]) != len(self.generators):
-            raise ValueError(
-                f"checkpoint {path} is of another run: it has {len(restored['random']['generators'])} random "
-                f"generators (of the DataLoader and in generators), this run has {len(self.generators)}"
-            )
-        if len(run["processes"]) != self.accelerator.num_processes:
-            warnings.warn(
-                f"checkpoint {path} was written by {len(run['processes'])} processes and is resumed by "
-                f"{self.accelerator.num_processes}: random draws in the step will be others",
-                stacklevel=3,
-            )
-        self.keeper.load(path, saved)
-        self.state.step, self.state.epoch, self.state.history = run["step"], run["epoch"], run["history"]
-        self.done, self.stop, self.saved_at = run["done"], run["stop"], (run["step"], run["epoch"])
-        self.restored, self.pending = restored, run["pending"]
+        self.checkpoint_every = every
+        self.keeper = Keeper(folder, self.state.model, parts, self.generators, self.reader, self.accelerator)
+        run = self.keeper.restore() if resume else None
+        if run is not None:
+            self.state.step, self.state.epoch, self.state.history = run["step"], run["epoch"], run["history"]
+            self.done, self.exhausted, self.stop = run["done"], run["exhausted"], run["stop"]
+            self.pending = run["pending"]
 
     @property
     def saves_when_interrupted(self) -> bool:
@@ -419,27 +390,11 @@ class _Run:
     def save_if(self, due: object) -> None:
         if self.keeper is not None and (due or self.interrupted):
             self.read_pending()
-            now = random_state(self.device, self.generators)
-            own = {"random": now, "epoch_random": self.epoch_random if self.done else now}
-            run = {
-                "step": self.state.step,
-                "epoch": self.state.epoch,
-                "done": self.done,
-                "stop": self.stop,
-                "history": self.state.history,
-                "pending": self.pending,
-                "processes": gather_object([own]),
-            }
-            if self.accelerator.is_main_process:
-                self.keeper.save(self.state.step, run)
-            self.accelerator.wait_for_everyone()
-            self.saved_at = (self.state.step, self.state.epoch)
+            run = {"step": self.state.step, "epoch": self.state.epoch, "history": self.state.history}
+            run |= {"done": self.done, "exhausted": self.exhausted, "stop": self.stop, "pending": self.pending}
+            self.keeper.save(run)
         if self.interrupted:
             raise KeyboardInterrupt
-
-
-def _nothing() -> None:
-    pass
 
 
 class _Step(nn.Module):

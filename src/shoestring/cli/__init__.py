@@ -1,7 +1,8 @@
 """The command ``shoestring``: one file a verb, imported when the verb is called.
 
 A verb is a module ``shoestring/cli/<verb>.py`` with one typed function ``run``; its docstring is the help text and ends
-with examples. It imports what is heavy inside ``run``. Its line in `VERBS` registers it.
+with examples. It imports what is heavy inside ``run`` and names its options in full (``typer.Option("--room", ...)``:
+typer 0.27 takes some metavars for names). Its line in `VERBS` registers it.
 
 Exit codes: 0, 1 for bad input (and for claims that fail), 2 for bad usage, 130 after Ctrl-C. Errors are one line on
 stderr; ``--debug`` or ``SHOESTRING_DEBUG=1`` shows the traceback.
@@ -29,6 +30,10 @@ VERBS = (
     "cite",
     "info",
     "claim",
+    "demo",
+    "learn",
+    "predict",
+    "forget",
 )
 
 
@@ -45,10 +50,13 @@ class Verbs(TyperGroup):
             return None
         verb = typer.Typer(add_completion=False, rich_markup_mode=None)
         verb.command(cmd_name)(import_module(f"shoestring.cli.{cmd_name}").run)
-        return typer.main.get_command(verb)
+        command = typer.main.get_command(verb)
+        _console.keep_as_given(command)
+        return command
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         """Run, then exit; `args` are those of the process by default."""
+        _console.keep_as_given(self)
         argv = [*(sys.argv[1:] if args is None else args)]
         # Whoever sees an error adds --debug at the end of the line: it counts wherever it stands.
         _console.debug = "--debug" in argv or os.environ.get("SHOESTRING_DEBUG", "0") not in ("", "0")
@@ -65,8 +73,8 @@ class Verbs(TyperGroup):
             code = 1
         except _console.EXPECTED as error:
             code = getattr(error, "exit_code", 1)
-            verb = next((arg for arg in argv if arg in VERBS), "")
-            hint = f" (try '{' '.join(['shoestring', verb]).strip()} --help')" if code == 2 else ""
+            verb = [arg for arg in argv if arg in VERBS][:1]
+            hint = f" (try '{' '.join(['shoestring', *verb, '--help'])}')" if code == 2 else ""
             _console.print_error(error, hint=hint)
         if code == 130:
             print("interrupted", file=sys.stderr)

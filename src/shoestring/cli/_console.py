@@ -1,4 +1,7 @@
-"""What the verbs share: consoles, tables, progress, one-line errors, JSON. rich is imported where it is used."""
+"""What the verbs share: text and tables on stdout, progress, one-line errors, JSON.
+
+rich is imported for a terminal only: a pipe gets plain lines, and gets them sooner.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,18 +33,66 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.
 debug = False  # of this run; set by `Verbs.main`
 
 
+def say(text: str = "", style: str | None = None) -> None:
+    """A line, or lines, on stdout as they are; `style` (rich's words) only on a terminal."""
+    if style and sys.stdout.isatty():
+        console().print(text, style=style, soft_wrap=True)
+    else:
+        print(text)
+
+
+def print_table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Container[int] = (),
+    whole: Container[int] = (),
+    dim: Container[int] = (),
+) -> None:
+    """Columns without lines; those in `right` are aligned there.
+
+    A terminal breaks cells to fit, but not in the columns `whole`, and dims the rows `dim`. A pipe or a file gets one
+    line a row, however long.
+    """
+    if not sys.stdout.isatty():
+        print("\n".join(columns([headers, *rows], right)))
+        return
+    made = table(*headers)
+    for number, column in enumerate(made.columns):
+        column.no_wrap = number in whole
+        column.justify = "right" if number in right else "left"
+    for number, row in enumerate(rows):
+        made.add_row(*row, style="dim" if number in dim else None)
+    console().print(made)
+
+
+def print_fields(fields: Mapping[str, str]) -> None:
+    """A name and its value on each line; empty ones are left out."""
+    rows = [(name, value) for name, value in fields.items() if value]
+    if not sys.stdout.isatty():
+        print("\n".join(columns(rows)))
+        return
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for row in rows:
+        grid.add_row(*row)
+    console().print(grid)
+
+
 def console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is: no markup, no highlighting, no colour where none is wanted.
+    """Prints text as it is, without markup or highlighting, and without colour where none is wanted.
 
     A pipe or a file gets lines of any length, since whoever reads them has no width.
     """
     from rich.console import Console
 
-    stream = sys.stderr if stderr else sys.stdout
     return Console(
         stderr=stderr,
         color_system=None if os.environ.get("NO_COLOR") else "auto",  # rich alone would keep bold and dim
-        width=None if stream.isatty() else 10_000,
+        width=None if (sys.stderr if stderr else sys.stdout).isatty() else 10_000,
         markup=False,
         highlight=False,
         emoji=False,
@@ -49,7 +100,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def table(*headers: str) -> Table:
-    """A table without lines; cells are str or rich.text.Text."""
+    """A table without lines, for `console`; its cells are str or rich.text.Text."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -58,21 +109,23 @@ def table(*headers: str) -> Table:
     return made
 
 
-def print_fields(out: Console, fields: Mapping[str, str]) -> None:
-    """One line a field, the names in a column; empty fields are left out."""
-    from rich.table import Table
+def columns(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
+    """Lines with the cells padded to columns.
 
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column()
-    for name, value in fields.items():
-        if value:
-            grid.add_row(name, value)
-    out.print(grid)
+    >>> columns([("name", "n"), ("a", "10")], right=[1])
+    ['name   n', 'a     10']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.rjust if number in right else str.ljust for number in range(len(widths))]
+    return [
+        "  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
-def print_result(out: Console, result: Result) -> None:
+def print_result(result: Result) -> None:
     """A claim's figures, rule and verdict."""
+    headers = ("method", "setting", "metric", "value", "unit", "paper")
     rows = [
         (
             row.method,
@@ -84,12 +137,8 @@ def print_result(out: Console, result: Result) -> None:
         )
         for row in result.rows
     ]
-    headers = ("method", "setting", "metric", "value", "unit", "paper")
     used = [i for i in range(len(headers)) if any(row[i] for row in rows)]
-    figures = table(*(headers[i] for i in used))
-    for row in rows:
-        figures.add_row(*(row[i] for i in used))
-    out.print(figures)
+    print_table([headers[i] for i in used], [[row[i] for i in used] for row in rows])
     about = {
         "claim": result.claim,
         "rule": result.rule,
@@ -98,7 +147,7 @@ def print_result(out: Console, result: Result) -> None:
         "verdict": result.verdict + " (fast form: it counts for nothing)" * result.fast,
         "run": f"{result.seconds:g} s, {result.machine.get('cores', '?')} cores, {result.date[:10]}",
     }
-    print_fields(out, about)
+    print_fields(about)
 
 
 def figure(value: float) -> str:
@@ -112,7 +161,7 @@ def figure(value: float) -> str:
 
 def print_json(value: Any) -> None:
     """Strict JSON in ASCII on stdout."""
-    typer.echo(json.dumps(value, indent=1, allow_nan=False))
+    print(json.dumps(value, indent=1, allow_nan=False))
 
 
 @contextmanager
@@ -126,14 +175,16 @@ def progress(title: str) -> Iterator[Callable[[float | None, str], None]]:
         return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (
+    layout = (
         TextColumn("{task.fields[title]}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=console(stderr=True), transient=True, refresh_per_second=4) as bar:
+    # rich would turn stdout into stderr here, and the result with it
+    bar = Progress(*layout, console=console(stderr=True), transient=True, refresh_per_second=4, redirect_stdout=False)
+    with bar:
         task = bar.add_task("", title=title, total=None)
 
         def report(done: float | None, text: str) -> None:
@@ -170,6 +221,25 @@ def completer(names: Iterable[str]) -> Callable[[str], list[str]]:
         return [name for name in names if name.startswith(incomplete)]
 
     return complete
+
+
+class AsGiven:
+    """Takes the place of typer's conversion for text and switches, where nothing is to be converted.
+
+    typer 0.29 hands even these to pydantic, whose import alone takes half the time `shoestring list` may take.
+    """
+
+    @staticmethod
+    def coerce(value: Any, param: Any, ctx: Any) -> Any:
+        return [*value] if isinstance(value, tuple) else value
+
+
+def keep_as_given(command: Any) -> None:
+    """Let the parameters of type str, list[str] and bool through without pydantic; older typers need no help."""
+    for param in command.get_params(typer.Context(command)):  # --help is among them
+        kind = getattr(getattr(param, "type_descriptor", None), "annotation", None)
+        if kind in (str, list[str], bool) and getattr(param, "_runtime_param", ...) is None:
+            param._runtime_param = AsGiven
 
 
 def print_error(error: BaseException, *, about: str = "", hint: str = "") -> None:

@@ -16,12 +16,12 @@ from shoestring.cli._console import (
     Json,
     UsageError,
     completer,
-    console,
     did_you_mean,
     print_error,
     print_json,
     print_result,
     progress,
+    say,
 )
 
 NAMES = ("all", *ROOMS, *list_methods())
@@ -36,9 +36,11 @@ def run(
         bool, typer.Option("--fast", help="The short form, seconds each; its verdict counts for nothing.")
     ] = False,
     seeds: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How many seeds; by default the claim's own.")
+        int | None, typer.Option("--seeds", min=1, metavar="N", help="How many seeds; by default the claim's own.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where <slug>.json is written.")] = Path("claims-results"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where <slug>.json is written.")] = Path(
+        "claims-results"
+    ),
     as_json: Json = False,
 ) -> None:
     """Measure papers' claims again, on real data, on this machine.
@@ -68,10 +70,9 @@ def run(
             continue
         results.append(result)
         if not as_json:
-            shown = console()
-            shown.print(f"{slug}: {card(slug).title}", style="bold")
-            print_result(shown, result)
-            shown.print(f"written to {path}\n", soft_wrap=True)
+            say(f"{slug}: {card(slug).title}", style="bold")
+            print_result(result)
+            say(f"written to {path}\n")
     if as_json:
         print_json([asdict(result) for result in results])
     if len(results) < len(slugs):

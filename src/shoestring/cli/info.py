@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from typing import Any
-
-from packaging.requirements import Requirement
+from typing import TYPE_CHECKING, Any
 
 from shoestring import __version__
-from shoestring.cli._console import Json, console, one_line, print_fields, print_json, table
+from shoestring.cli._console import Json, one_line, print_fields, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 def run(as_json: Json = False) -> None:
@@ -34,22 +35,22 @@ def run(as_json: Json = False) -> None:
     if as_json:
         print_json(report)
         return
-    out = console()
-    print_fields(out, {name: str(report[name]) for name in ("shoestring", "python", "system")} | report["packages"])
-    out.print()
+    versions = {name: report[name] for name in ("shoestring", "python", "system")}
+    print_fields(versions | {name: found or "missing" for name, found in report["packages"].items()})
+    say()
     for device in report["devices"]:
-        out.print(", ".join(f"{key} {value}" for key, value in device.items()))
-    out.print()
+        say(", ".join(f"{key} {value}" for key, value in device.items()))
+    say()
     if not groups:
-        out.print("extras: unknown, since shoestring is not installed as a package")
+        say("extras: unknown, since shoestring is not installed as a package")
         return
-    rows = table("extra", "state", "to install it")
-    for name, state in report["extras"].items():
-        if state["installed"]:
-            rows.add_row(name, "installed", "")
-        else:
-            rows.add_row(name, f"missing: {', '.join(state['missing'])}", state["install"])
-    out.print(rows)
+    rows = [
+        (name, "installed", "")
+        if state["installed"]
+        else (name, f"missing: {', '.join(state['missing'])}", state["install"])
+        for name, state in report["extras"].items()
+    ]
+    print_table(["extra", "state", "to install it"], rows, whole=[2])
 
 
 def requirements() -> dict[str, list[Requirement]]:
@@ -57,6 +58,8 @@ def requirements() -> dict[str, list[Requirement]]:
 
     Empty if shoestring runs from a folder and is not installed.
     """
+    from packaging.requirements import Requirement
+
     try:
         installed = metadata.distribution("shoestring")
     except metadata.PackageNotFoundError:

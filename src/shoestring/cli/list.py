@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import asdict
+from shutil import get_terminal_size
 from typing import Annotated
 
 import typer
 
 from shoestring.catalogue import NEEDS, ROOMS, WITHOUT, card, list_methods
-from shoestring.cli._console import Json, bad_usage, completer, console, print_json, table
+from shoestring.cli._console import Json, bad_usage, completer, print_json, print_table, say
 
 NARROW = 100  # columns; a narrower terminal would break the cells into single words
 
@@ -18,6 +20,7 @@ def run(
     without: Annotated[
         list[str] | None,
         typer.Option(
+            "--without",
             metavar="X",
             help=f"What you do not have, repeatable: {', '.join(WITHOUT)}.",
             autocompletion=completer(WITHOUT),
@@ -26,6 +29,7 @@ def run(
     needs: Annotated[
         list[str] | None,
         typer.Option(
+            "--needs",
             metavar="Y",
             help=f"What the method must make use of, repeatable: {', '.join(NEEDS)}.",
             autocompletion=completer(NEEDS),
@@ -33,7 +37,7 @@ def run(
     ] = None,
     room: Annotated[
         str | None,
-        typer.Option(metavar="ROOM", help=f"One room: {', '.join(ROOMS)}.", autocompletion=completer(ROOMS)),
+        typer.Option("--room", metavar="ROOM", help=f"One room: {', '.join(ROOMS)}.", autocompletion=completer(ROOMS)),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -50,17 +54,16 @@ def run(
     if as_json:
         print_json([asdict(c) for c in cards])
         return
-    out = console()
     if cards:
-        wide = out.width >= NARROW
-        rows = table("method", "room", "what it does", *["without"] * wide, "status")
-        rows.columns[0].no_wrap = rows.columns[1].no_wrap = rows.columns[-1].no_wrap = True
-        for c in cards:
-            style = "dim" if c.status == "planned" else None
-            rows.add_row(c.slug, c.room, c.summary, *[", ".join(c.without)] * wide, c.status, style=style)
-        out.print(rows)
-        out.print()
+        wide = not sys.stdout.isatty() or get_terminal_size().columns >= NARROW
+        print_table(
+            ["method", "room", "what it does", *["without"] * wide, "status"],
+            [(c.slug, c.room, c.summary, *[", ".join(c.without)] * wide, c.status) for c in cards],
+            dim=[i for i, c in enumerate(cards) if c.status == "planned"],
+            whole=(0, 1, 3 + wide),
+        )
+        say()
     total = len(list_methods())
     counts = f"{len(cards)} methods" if len(cards) == total else f"{len(cards)} of {total} methods"
     by_status = ", ".join(f"{number} {status}" for status, number in Counter(c.status for c in cards).items())
-    out.print(f"{counts}: {by_status}; more with `shoestring show METHOD`" if cards else counts)
+    say(f"{counts}: {by_status}; more with `shoestring show METHOD`" if cards else counts)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from shoestring.catalogue import ROOMS, Card, card, entry_doc, list_methods, module_doc
-from shoestring.cli._console import Json, bad_usage, completer, console, print_fields, print_json, print_result
+from shoestring.cli._console import Json, bad_usage, completer, print_fields, print_json, print_result, say
 
 
 def run(
@@ -39,28 +39,25 @@ def run(
     if as_json:
         print_json({**asdict(c), **texts, "result": asdict(result) if result else None})
         return
-    out = console()
-    out.print(c.title, style="bold")
+    say(c.title, style="bold")
     published = f" Published as: {c.published_title}." if c.published_title else ""
-    venue = c.venue or str(c.year)
-    out.print(f"{c.authors.rstrip('.')}. {venue}.{f' arXiv {c.arxiv}.' if c.arxiv else ''}{published}\n")
-    planned = c.status == "planned"
+    say(f"{c.authors.rstrip('.')}. {c.venue or c.year}.{f' arXiv {c.arxiv}.' if c.arxiv else ''}{published}\n")
     about = {
         "does": c.summary,
         "without": ", ".join(c.without),
         "needs": ", ".join(c.needs),
         "room": f"{c.room}: {ROOMS[c.room]}",
-        "status": c.status + ": nothing to import yet" * (planned and not texts["import"]),
+        "status": c.status + ": nothing to import yet" * (not texts["import"]),
         "note": c.note,
     }
-    print_fields(out, about)
+    print_fields(about)
     for name, text in texts.items():
         if text:
-            out.print(f"\n{name.capitalize()}", style="bold")
-            out.print(text, soft_wrap=True)  # as it stands in the source
+            say(f"\n{name.capitalize()}", style="bold")
+            say(text)  # as it stands in the source
     if result:
-        out.print("\nRecorded result", style="bold")
-        print_result(out, result)
+        say("\nRecorded result", style="bold")
+        print_result(result)
 
 
 def section(doc: str | None, title: str) -> str:

@@ -77,6 +77,7 @@ __all__ = [
     "choose_gamma",
     "random_projection",
     "rbf_buffer",
+    "read_metadata",
     "recursive_update",
     "relu_buffer",
     "solve_ridge",
@@ -475,20 +476,31 @@ def _tensor(X: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(X if X.flags.writeable else X.copy())  # torch has no read-only tensors
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a saved model says of itself, without its tensors: parameters, classes, and `extra` as given to `save`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `GACIL.load`.
+    """
+    return _read(Path(path), tensors=False)[0]
+
+
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"no saved model at {path}")
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("shoestring", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            read = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (no dict)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file (truncated or damaged): {error}") from None
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} is not a saved GACIL: its format is {meta.get('format')!r}, expected {FORMAT!r}")
     if meta["version"] > VERSION:
         raise ValueError(f"{path} has version {meta['version']}; this shoestring reads up to {VERSION}: upgrade it")
-    return meta, tensors
+    return meta, read
 
 
 def _pack(G: torch.Tensor) -> torch.Tensor:

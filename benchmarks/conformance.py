@@ -1,0 +1,39 @@
+"""How many of scikit-learn's own conformance checks our estimators pass.
+
+python benchmarks/conformance.py
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+
+import sklearn
+from _record import record
+from sklearn.base import BaseEstimator
+from sklearn.utils.estimator_checks import check_estimator
+
+from shoestring.learn import GACIL
+
+ESTIMATORS: list[BaseEstimator] = [GACIL(n_components=64)]  # the buffer's width changes no check, only their time
+
+
+def count(estimator: BaseEstimator) -> Counter[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = check_estimator(estimator, on_fail=None, on_skip=None)
+    return Counter(result["status"] for result in results)
+
+
+if __name__ == "__main__":
+    found = {}
+    for estimator in ESTIMATORS:
+        counts = count(estimator)
+        name = type(estimator).__name__
+        found[name] = dict(counts)
+        print(
+            f"{name}: {counts['passed']} passed, {counts['failed'] + counts['xfail']} failed, {counts['skipped']} skipped"
+        )
+    record("conformance", {"scikit-learn": sklearn.__version__, "estimators": found})
+    sys.exit(any(counts.get("failed") or counts.get("xfail") for counts in found.values()))

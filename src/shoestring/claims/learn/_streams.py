@@ -1,0 +1,118 @@
+"""Learners that go along a stream of batches, and the walk that measures them: for the claims of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from sklearn.linear_model import SGDClassifier
+from sklearn.preprocessing import StandardScaler
+
+from shoestring.metrics import a_auc, a_avg, a_last
+
+
+class Learner(Protocol):
+    """Takes batches of features (N, e) with class ids (N,); predicts among the classes it has seen."""
+
+    def learn(self, X: np.ndarray, y: np.ndarray, task: int) -> None: ...
+
+    def predict(self, X: np.ndarray) -> np.ndarray: ...
+
+
+class Estimator:
+    """A scikit-learn classifier whose ``partial_fit`` takes new classes."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def learn(self, X: np.ndarray, y: np.ndarray, task: int) -> None:
+        self.model.partial_fit(X, y)
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        return self.model.predict(X)
+
+
+class NearestMean:
+    """Nearest class mean, running."""
+
+    def __init__(self, n_features: int, n_classes: int) -> None:
+        self.sums, self.counts = np.zeros((n_classes, n_features)), np.zeros(n_classes)
+
+    def learn(self, X: np.ndarray, y: np.ndarray, task: int) -> None:
+        np.add.at(self.sums, y, X)
+        np.add.at(self.counts, y, 1)
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        seen = np.flatnonzero(self.counts)
+        means = self.sums[seen] / self.counts[seen, None]
+        return seen[(X @ means.T - 0.5 * np.square(means).sum(1)).argmax(1)]
+
+
+class OnlineSGD:
+    """Logistic regression, one gradient step a row.
+
+    It is given what no stream gives: all classes, and the mean and spread of the whole stream to standardise with.
+    """
+
+    def __init__(self, rate: float, scaler: StandardScaler, n_classes: int) -> None:
+        self.model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=rate, random_state=0)
+        self.scaler, self.classes = scaler, np.arange(n_classes)
+        self.seen: set[int] = set()
+
+    def learn(self, X: np.ndarray, y: np.ndarray, task: int) -> None:
+        self.seen |= set(y.tolist())
+        self.model.partial_fit(self.scaler.transform(X), y, classes=self.classes)
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        return argmax_seen(self.model.decision_function(self.scaler.transform(X)), self.seen)
+
+
+@dataclass
+class Walk:
+    """What a learner did along a stream: accuracies, 0 to 1, on the test rows of the classes seen so far."""
+
+    rows: list[int] = field(default_factory=list)  # learnt when `along` was measured
+    along: list[float] = field(default_factory=list)
+    task_ends: list[int] = field(default_factory=list)
+    at_task_end: list[float] = field(default_factory=list)
+
+    def scores(self) -> dict[str, float]:
+        return {"A_AUC": a_auc(self.along), "A_Avg": a_avg(self.at_task_end), "A_Last": a_last(self.at_task_end)}
+
+
+def walk(
+    tasks: Sequence[np.ndarray], learner: Learner, X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test: np.ndarray,
+    *, batch: int = 16, every: int = 1000,
+) -> Walk:  # fmt: skip
+    """One pass over the tasks (arrays of row numbers) in batches; accuracy every 1000 rows and at each task's end.
+
+    Measured at the first batch end beyond each multiple of `every`, as the Si-Blurry code does.
+    """
+    done, learnt = Walk(), 0
+    seen: set[int] = set()
+
+    def accuracy() -> float:
+        rows = np.isin(y_test, list(seen))
+        return float((learner.predict(X_test[rows]) == y_test[rows]).mean())
+
+    for number, task in enumerate(tasks):
+        for start in range(0, len(task), batch):
+            rows = task[start : start + batch]
+            learner.learn(X[rows], y[rows], number)
+            seen |= set(y[rows].tolist())
+            learnt += len(rows)
+            if learnt // every > (learnt - len(rows)) // every:
+                done.rows.append(learnt)
+                done.along.append(accuracy())
+        if learnt:
+            done.task_ends.append(learnt)
+            done.at_task_end.append(accuracy())
+    return done
+
+
+def argmax_seen(scores: np.ndarray, seen: set[int]) -> np.ndarray:
+    """The best-scored (N,) of the classes seen; scores (N, c)."""
+    ids = np.array(sorted(seen))
+    return ids[scores[:, ids].argmax(1)]

@@ -1,0 +1,77 @@
+"""shoestring predict: labels for rows, by a learner kept in a folder."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoestring.cli import _console, _rows
+
+
+def run(
+    data: _rows.Data,
+    state: _rows.State,
+    split: _rows.Split = "all",
+    label: _rows.Label = None,
+    content: _rows.Content = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the CSV here.", show_default="standard output")
+    ] = None,
+    strict: _rows.Strict = False,
+    device: _rows.Device = "cpu",
+    as_json: _console.Json = False,
+) -> None:
+    """Label the rows of DATA with what `shoestring learn` taught: name, label, probability.
+
+    Where DATA has labels, the accuracy is told as well (on stderr, so that the CSV stays clean).
+
+    \b
+    Examples:
+      shoestring predict new-photos/ --state pets
+      shoestring predict new-photos/ --state pets --out labels.csv
+      shoestring predict fashion --split "test[:100]" --state garments --json
+    """
+    from shoestring._files import atomic_path
+    from shoestring.learn._state import open_state
+
+    model, extra = open_state(state)
+    rows = _rows.Rows(
+        data, split, content=content, label=label, need_label=False, backbone=extra.get("backbone") or None,
+        strict=strict, device=device,
+    )  # fmt: skip
+    open_state(state, backbone=rows.backbone_name or "")
+    found: list[dict[str, Any]] = []
+    right = asked = 0
+    with _console.progress(f"predicting {data}") as report:
+        for part in rows.chunks(256, report):
+            proba = model.predict_proba(part.X)
+            labels = model.classes_[proba.argmax(1)].tolist()
+            for name, answer, p in zip(part.names, labels, proba.max(1).tolist(), strict=True):
+                found.append({"name": name, "label": answer, "probability": round(p, 4)})
+            if part.y is not None:
+                asked += len(labels)
+                right += sum(a == b for a, b in zip(labels, part.y.tolist(), strict=True))
+    rows.print_skipped()
+    if not found:
+        raise ValueError(f"{data}: not one row could be read")
+    accuracy = right / asked if asked else None
+    if as_json:
+        _console.print_json({"accuracy": accuracy, "skipped": [n for n, _ in rows.skipped], "rows": found})
+        return
+    if out is None:
+        _write(sys.stdout, found)
+    else:
+        with atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            _write(file, found)
+    if accuracy is not None:
+        typer.echo(f"accuracy {accuracy:.3f} on {asked:,} labelled rows", err=True)
+
+
+def _write(file: Any, found: list[dict[str, Any]]) -> None:
+    writer = csv.DictWriter(file, ["name", "label", "probability"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
