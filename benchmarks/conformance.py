@@ -32,8 +32,7 @@ if __name__ == "__main__":
         counts = count(estimator)
         name = type(estimator).__name__
         found[name] = dict(counts)
-        print(
-            f"{name}: {counts['passed']} passed, {counts['failed'] + counts['xfail']} failed, {counts['skipped']} skipped"
-        )
+        failed = counts["failed"] + counts["xfail"]
+        print(f"{name}: {counts['passed']} passed, {failed} failed, {counts['skipped']} skipped")
     record("conformance", {"scikit-learn": sklearn.__version__, "estimators": found})
     sys.exit(any(counts.get("failed") or counts.get("xfail") for counts in found.values()))

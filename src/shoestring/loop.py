@@ -356,6 +356,8 @@ class _Run:
         return self.state.step, next((loss for loss in losses if isinstance(loss, float)), math.nan)
 
     def call(self, callbacks: Sequence[Callback]) -> None:
+        if not callbacks:
+            return
         try:
             answers = [callback(self.state) for callback in callbacks]
         except KeyboardInterrupt:
@@ -367,7 +369,7 @@ class _Run:
             if not (answer is None or isinstance(answer, bool | np.bool_)):
                 raise TypeError(f"a callback returns True to stop, or None, got {answer!r} from {callback}")
         stop = any(answers)
-        if callbacks and not self.alone:  # one for all: the others would wait for a process that has stopped
+        if not self.alone:  # one for all: the others would wait for a process that has stopped
             stop = bool(self.accelerator.reduce(torch.tensor(float(stop), device=self.device), "sum") > 0)
         self.stop = self.stop or stop
 

@@ -40,7 +40,7 @@ def run(*args, **env):
 
 
 def environment(**more):
-    names = ("NO_COLOR", "FORCE_COLOR", "TERM", "COLUMNS", "SHOESTRING_DEBUG", "TTY_COMPATIBLE")
+    names = ("NO_COLOR", "FORCE_COLOR", "TERM", "COLUMNS", "SHOESTRING_DEBUG", "TTY_COMPATIBLE", "PYTHONUNBUFFERED")
     return {k: v for k, v in os.environ.items() if k not in names} | more
 
 

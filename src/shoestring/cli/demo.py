@@ -37,6 +37,7 @@ def run(
     import numpy as np
 
     from shoestring import backbones, data
+    from shoestring.claims import machine
     from shoestring.data.streams import SiBlurry
     from shoestring.learn import GACIL
 
@@ -75,6 +76,7 @@ def run(
         "same_answers_as_joint_ridge": equal_to_joint,
         "forgotten": forgotten,
         "seconds": round(time.perf_counter() - start, 1),
+        "machine": machine(),
     }
     out.mkdir(parents=True, exist_ok=True)
     _write_page(out, summary, walks, tasks, y, names, joint)
@@ -182,7 +184,7 @@ def _write_page(
     out: Path, summary: dict[str, Any], walks: dict[str, Walk], tasks: list[np.ndarray], y: np.ndarray,
     names: list[str], joint: float,
 ) -> None:  # fmt: skip
-    from shoestring.claims import machine, versions
+    from shoestring.claims import versions
     from shoestring.report import Section, curves, write_page
 
     svg = curves(
@@ -195,7 +197,7 @@ def _write_page(
     )
     counts = [[str((y[task] == k).sum()) for task in tasks] for k in range(len(names))]
     gone = summary["forgotten"]
-    host = machine()
+    host = summary["machine"]
     write_page(
         out / "report.html",
         "A classifier that learns new classes and keeps no image",

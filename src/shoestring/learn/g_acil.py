@@ -145,6 +145,7 @@ class GACIL(ClassifierMixin, BaseEstimator):
 
     Examples
     --------
+    >>> import numpy as np
     >>> from sklearn.datasets import load_digits
     >>> from shoestring.learn import GACIL
     >>> X, y = load_digits(return_X_y=True)

@@ -1,0 +1,172 @@
+"""Fill the figures into README.md and docs/*.md from what was recorded; no figure there is typed by hand.
+
+    python scripts/figures.py [--check]
+
+A block ``<!-- begin: NAME -->`` to ``<!-- end: NAME -->`` is replaced by what the function of that name makes of the
+catalogue, of benchmarks/recorded/*.json (`make bench`; `shoestring demo --json` for demo.json) and of
+src/shoestring/claims/results/*.json (`make claims`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shoestring.catalogue import ROOMS, card, list_methods
+from shoestring.claims import Result, recorded
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- begin: (.+?) -->\n)(.*?)(<!-- end: \2 -->)", re.DOTALL)
+
+
+def demo() -> str:
+    told = _recorded("demo")
+    gone = told["forgotten"]
+    rows = [
+        [name, *(f"{100 * m[k]:.1f}" for k in ("A_AUC", "A_Avg", "A_Last")), f"{m['seconds']:.1f}"]
+        for name, m in told["methods"].items()
+    ]
+    rows.append(["Ridge, all data at once", "", "", f"{100 * told['joint_ridge_A_Last']:.1f}", ""])
+    table = _table(["method", "A_AUC %", "A_Avg %", "A_Last %", "seconds"], rows)
+    return f"""{table}
+{told["images"]:,} real images, {told["images_per_second"]:.0f} a second through a frozen EfficientNet-Lite0 on
+{told["machine"]["cores"]} cores; {told["seconds"]:.0f} s in all. A_AUC: mean accuracy along the stream, A_Avg: at the ends of
+its five tasks, A_Last: at the end. Then it forgets the {gone["rows"]:,} rows of {gone["class"]!r} in {gone["seconds"]:.2f} s: the
+weights differ from never having seen them by {gone["relative_difference_of_weights"]:.0e} (relative), and
+{100 * gone["equal_answers"]:.2f} % of the answers are equal.
+"""
+
+
+def numbers() -> str:
+    start, checks = _recorded("startup"), _recorded("conformance")
+    counts = checks["estimators"]["GACIL"]
+    failed = counts.get("failed", 0) + counts.get("xfail", 0)
+    return f"""`import shoestring` {start["import shoestring"]:.2f} s, `shoestring list` {start["shoestring list"]:.2f} s, one command
+to the first result. scikit-learn {checks["scikit-learn"]}'s conformance checks: {counts["passed"]} passed, {failed} failed, none
+expected to fail ({counts.get("skipped", 0)} skipped: scikit-learn skips its array-API check unless asked).
+"""
+
+
+def methods() -> str:
+    rows = []
+    for slug in list_methods():
+        row = card(slug)
+        if row.status != "planned":
+            result = recorded(slug)
+            assert result is not None, slug
+            rows.append([f"`{slug}`", row.summary, ", ".join(row.without), result.verdict, f"{result.seconds:.0f}"])
+    planned = len(list_methods()) - len(rows)
+    return (
+        _table(["method", "does", "without", "its claim, measured here", "seconds"], rows)
+        + f"\n{planned} more are planned, in rooms named {', '.join(ROOMS)}: "
+        "[all of them](docs/methods.md), or `shoestring list`.\n"
+    )
+
+
+def all_methods() -> str:
+    parts = []
+    for room, flow in ROOMS.items():
+        rows = [
+            [f"`{slug}`", card(slug).summary, ", ".join(card(slug).without), card(slug).arxiv, _verdict(slug)]
+            for slug in list_methods(room=room)
+        ]
+        header = ["method", "does", "without", "arXiv", "claim"]
+        parts.append(f"## {room}\n\n{flow.replace('->', '→').capitalize()}.\n\n{_table(header, rows)}")
+    return "\n".join(parts)
+
+
+def claims() -> str:
+    results = [result for slug in list_methods() if (result := recorded(slug))]
+    rows = [[f"`{r.slug}`", r.verdict, f"{r.seconds:.0f}", r.data, r.date[:10]] for r in results]
+    return _table(["method", "verdict", "seconds", "data", "measured on"], rows)
+
+
+def claim(slug: str) -> str:
+    result = recorded(slug)
+    assert result is not None, slug
+    return (
+        f"**The paper.** {result.claim}\n\n{_figures(result)}\n**Verdict: {result.verdict}.** {result.rule}\n\n"
+        f"{result.data}; {result.seconds:.0f} s on {result.machine['cores']} cores. {result.note}\n"
+    )
+
+
+def speed(name: str) -> str:
+    told = _recorded(name)
+    rows = [[r["what"], f"{r['ratio']:.2f}", r["limit"].replace("<=", "≤").replace(">=", "≥")] for r in told["ratios"]]
+    where = f"{told['machine']['cores']} cores, {told['machine']['processor']}, {told['date']}"
+    return f"Ratios of one run ({where}); `python benchmarks/{name}.py` prints them on yours.\n\n" + _table(
+        ["what", "ratio", "limit"], rows
+    )
+
+
+def _figures(result: Result) -> str:
+    rows = [
+        [
+            r.setting,
+            r.method,
+            r.metric,
+            f"{r.value:.2f} ± {r.spread:.2f}",
+            r.unit,
+            "" if r.paper is None else f"{r.paper:.2f}",
+        ]
+        for r in result.rows
+    ]
+    return _table(["setting", "method", "metric", "mean ± s.d.", "unit", "paper, on its data"], rows)
+
+
+def _verdict(slug: str) -> str:
+    result = recorded(slug) if card(slug).status != "planned" else None
+    return result.verdict if result else "planned"
+
+
+def _recorded(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks/recorded" / f"{name}.json").read_text())
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def fill(text: str) -> str:
+    """The page with every block filled anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name, _, argument = match[2].partition(" ")
+        if match[2] == "all methods":
+            made = all_methods()
+        else:
+            made = globals()[name](*([argument] if argument else []))
+        return f"{match[1]}{made}{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = page.read_text()
+        new = fill(old)
+        if new != old:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new)
+    if check and stale:
+        sys.exit(f"out of date: {', '.join(stale)}; run `make docs`")
+    print(
+        f"figures: {', '.join(stale) or 'nothing'} {'is stale' if check else 'renewed'}"
+        if stale
+        else "figures: up to date"
+    )
+
+
+if __name__ == "__main__":
+    main()
