@@ -1081,7 +1081,35 @@ def test_iterator_is_good_for_one_epoch_and_says_when_it_runs_out() -> None:
         fit(model, iter([regression()] * 3), mse, optimizer, max_steps=5)
 
 
+def test_samplers_that_count_epochs_are_told(tmp_path: Path) -> None:
+    class Counting(torch.utils.data.SequentialSampler):
+        epochs: list[int]
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+    data = TensorDataset(*regression())
+    for epochs, told in ((3, [0, 1, 2]), (5, [3, 4])):  # the second goes on from the first
+        sampler = Counting(data)
+        sampler.epochs = []
+        model, optimizer = linear()
+        fit(model, DataLoader(data, 4, sampler=sampler), mse, optimizer, epochs=epochs, checkpoint=tmp_path)
+        assert sampler.epochs == told
+
+
 # Several processes.
+
+
+def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    PartialState(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model, optimizer = linear()
+    try:
+        with pytest.raises(ValueError, match="2 processes were launched, but accelerate was set up before fit for 1"):
+            fit(model, [regression()], mse, optimizer)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
 
 DDP_SCRIPT = '''
 import json, os, random, sys

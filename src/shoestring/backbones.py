@@ -29,6 +29,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
@@ -425,7 +426,10 @@ def _transformers(name: str, kind: str | None, device: torch.device, max_tokens:
     except ImportError as error:
         raise ImportError(f"backbone {name} needs transformers: pip install 'shoestring[text]'") from error
     try:
-        model, report = transformers.AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
+        # Weights that are missing (a pooler that is not used) are drawn at random.
+        with torch.random.fork_rng(devices=[]), _quiet(transformers):
+            load_model = transformers.AutoModel.from_pretrained
+            model, report = load_model(name, output_loading_info=True, trust_remote_code=False)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -450,13 +454,29 @@ def _transformers(name: str, kind: str | None, device: torch.device, max_tokens:
     return _transformers_texts(name, model, two_towers, max_tokens, device)
 
 
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar for a second's work, no report of missing weights, which are checked here."""
+    logging = transformers.utils.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
 def _transformers_images(
     name: str, model: Any, two_towers: bool, pooler_missing: bool, device: torch.device
 ) -> _Loaded:
+    import transformers
     from PIL import Image
-    from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    with _quiet(transformers):
+        processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     class_token = any(key.split(".")[-1] == "cls_token" for key, _ in model.named_parameters())
 
     def prepare(images: list[np.ndarray]) -> Any:
@@ -577,8 +597,8 @@ def _resized(images: list[np.ndarray], size: int) -> Tensor:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     batch = batch[:, :, top : top + side, left : left + side]
-    # On bytes torch resizes as Pillow does, to a level or two, and each image by itself.
-    batch = F.interpolate(batch, size=(size, size), mode="bicubic", antialias=True)
+    # On bytes torch resizes as Pillow does, to a level at most, and each image by itself.
+    batch = F.interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
     return batch.contiguous(memory_format=torch.channels_last)
 
 
@@ -609,8 +629,9 @@ def _undecoded(items: Any) -> Any:
         return items
     if items.source.format["type"] is not None:  # a transform of the user's
         return items
-    encoded = items.source.select_columns([items.column_name])
-    return encoded.cast_column(items.column_name, datasets.Image(decode=False))[items.column_name]
+    name = items.column_name
+    encoded = items.source.select_columns([name]).cast_column(name, datasets.Image(decode=False))
+    return (item for part in encoded.iter(64) for item in part[name])
 
 
 def _name(item: Any, position: int) -> str:
@@ -679,7 +700,7 @@ def _pixels_of_array(array: np.ndarray, position: int) -> np.ndarray:
         from PIL import Image
 
         return _rgb(Image.fromarray(array))
-    return np.broadcast_to(array, (*array.shape[:2], 3))
+    return _three_channels(array)
 
 
 def _rgb(image: Any) -> np.ndarray:
@@ -691,10 +712,17 @@ def _rgb(image: Any) -> np.ndarray:
         raise _DecodeError(f"{image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
     if image.mode in ("I", "F"):
         raise _DecodeError(f"pixels of mode {image.mode}, not 8 or 16 bits")
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(0x112, 1) != 1:  # orientation; exif_transpose would copy the others
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        return _three_channels((np.asarray(image) >> 8).astype(np.uint8)[:, :, None])
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    if image.mode == "L":
+        return _three_channels(np.asarray(image)[:, :, None])
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _three_channels(array: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(array, (*array.shape[:2], 3))

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from numbers import Real
 from pathlib import Path
@@ -114,7 +113,7 @@ def fit(
         it was.
     batches : iterable
         A DataLoader, a list, or anything that can be iterated once per epoch. A batch is what `step` wants: tensors
-        in tuples, lists, dicts; they are moved to the model's device. With several processes each gets its share of
+        in tuples, lists, dicts; they are moved to the model's GPU. With several processes each gets its share of
         the rows of every batch.
     step : callable
         ``step(model, batch)`` returns the loss, a 0-d tensor, or ``(loss, metrics)`` with a dict of numbers or 0-d
@@ -233,8 +232,8 @@ class _Run:
         self.accumulate, self.clip_grad_norm, self.log_every = accumulate, clip_grad_norm, log_every
         self.alone = accelerator.num_processes == 1
         self.device = next(model.parameters()).device
-        self.to_device = partial(send_to_device, device=self.device, non_blocking=self.device.type == "cuda")
-        self.look_at_once = self.alone and self.device.type == "cpu"  # where reading the loss costs nothing
+        self.on_cpu = self.device.type == "cpu"
+        self.look_at_once = self.alone and self.on_cpu  # where reading the loss costs nothing
         # Step and model in one module: DDP and autocast see all of it, whichever methods of the model it calls.
         self.run_step = accelerator.prepare_model(_Step(model, step), device_placement=False)
         # The wrapped optimizer searches for packages at every step: only the gradient scaler needs it.
@@ -297,7 +296,9 @@ class _Run:
         results = []
         for i, batch in enumerate(group, 1):
             with nullcontext() if i == len(group) else self.accelerator.no_sync(self.run_step):
-                loss, metrics = _loss_and_metrics(self.run_step(self.to_device(batch)))
+                if not self.on_cpu:
+                    batch = send_to_device(batch, self.device, non_blocking=self.device.type == "cuda")
+                loss, metrics = _loss_and_metrics(self.run_step(batch))
                 if loss is not None:
                     if self.look_at_once:
                         _check_finite(loss.item(), state.step + 1)
