@@ -73,7 +73,8 @@ class Row:
         values = np.asarray(figures, dtype=float)
         if not values.size or not np.isfinite(values).all():
             raise ValueError(f"figures of {method}, {metric}: expected finite numbers, got {list(figures)}")
-        return cls(method, metric, float(values.mean()), float(values.std()), seeds=tuple(values.tolist()), **more)
+        spread = float(values.std()) if np.ptp(values) else 0.0  # not the rounding error of equal figures
+        return cls(method, metric, float(values.mean()), spread, seeds=tuple(values.tolist()), **more)
 
 
 @dataclass
