@@ -18,8 +18,8 @@ a hub id or a folder     any transformers vision model, text model, or pair of a
 a function or module     your own, on batches of images or texts
 =======================  =========================================================================================
 
-Reading and resizing the next batch runs in a thread beside the model. `docs/backbones.md` says what is done to an
-image, and how fast.
+Where a core is left for it, the next batch is read and resized while the model computes. `docs/backbones.md` says what
+is done to an image, and how fast.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ from torch.nn import functional as F
 __all__ = ["DEFAULT", "Backbone", "load"]
 
 DEFAULT = "efficientnet-lite0"
+
+
+_Read = tuple[list[int], Any, list[tuple[str, str]]]
 
 
 class Backbone:
@@ -102,7 +105,7 @@ class Backbone:
             Texts: str. Images, which may differ in size and kind: PIL images; uint8 arrays of shape (H, W), (H, W, 1),
             (H, W, 3) or (H, W, 4); paths; encoded bytes, or mappings with ``"bytes"`` or ``"path"``, as `datasets`
             keeps them. A list, a generator, a column of a `datasets.Dataset`, or one uint8 array of shape (N, H, W)
-            or (N, H, W, C). It is iterated in another thread, a batch ahead.
+            or (N, H, W, C). It may be iterated in another thread, a batch ahead.
         strict : bool, default=True
             Raise at the first image that does not decode. If False its row is left out and a warning names it;
             `extract_batches` tells which rows are left.
@@ -186,30 +189,26 @@ class Backbone:
         progress: Callable[[int], None] | None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         done = 0
-        with ThreadPoolExecutor(1, "shoestring-read") as reader:
-            ahead = reader.submit(self._read, numbered, skipped is None)
-            while (read := ahead.result()) is not None:
-                kept, batch, broken = read
-                ahead = reader.submit(self._read, numbered, skipped is None)
-                done += len(kept) + len(broken)
-                if skipped is not None:
-                    skipped += broken
-                if kept:
-                    features = self._features(batch)
-                    if features.shape != (len(kept), self.dim):
-                        raise ValueError(
-                            f"backbone {self.name} must give features of shape {(len(kept), self.dim)}, "
-                            f"got {features.shape}"
-                        )
-                    yield np.array(kept), features
-                if progress is not None:
-                    progress(done)
+        read = partial(self._read, numbered, skipped is None)
+        # A thread beside a model that computes on all cores costs more than it gives (benchmarks/features.py).
+        core_left = self.device.type != "cpu" or torch.get_num_threads() < (os.cpu_count() or 1)
+        for kept, batch, broken in _ahead(read) if core_left else iter(read, None):
+            done += len(kept) + len(broken)
+            if skipped is not None:
+                skipped += broken
+            if kept:
+                features = self._features(batch)
+                if features.shape != (len(kept), self.dim):
+                    raise ValueError(
+                        f"backbone {self.name} must give features of shape {(len(kept), self.dim)}, got {features.shape}"
+                    )
+                yield np.array(kept), features
+            if progress is not None:
+                progress(done)
         if done == 0:
             raise ValueError(f"items must hold at least one {self.kind}, got none")
 
-    def _read(
-        self, numbered: Iterator[tuple[int, Any]], strict: bool
-    ) -> tuple[list[int], Any, list[tuple[str, str]]] | None:
+    def _read(self, numbered: Iterator[tuple[int, Any]], strict: bool) -> _Read | None:
         """The next batch: positions, what the model takes, (name, reason) of what does not decode. None at the end."""
         kept, values, broken = [], [], []
         for position, item in islice(numbered, self.batch_size):
@@ -233,6 +232,15 @@ class Backbone:
         if not np.isfinite(features).all():
             raise FloatingPointError(f"backbone {self.name} gave features that are NaN or infinite")
         return features
+
+
+def _ahead(read: Callable[[], _Read | None]) -> Iterator[_Read]:
+    """What `read` returns, up to None; the next is read in a thread while the caller is busy with this one."""
+    with ThreadPoolExecutor(1, "shoestring-read") as reader:
+        upcoming = reader.submit(read)
+        while (this := upcoming.result()) is not None:
+            upcoming = reader.submit(read)
+            yield this
 
 
 def load(
@@ -359,8 +367,8 @@ def _own(function: Callable[..., Any], kind: str, device: torch.device, image_si
 
 def _efficientnet_lite0(device: torch.device) -> _Loaded:
     network = _freeze(_efficientnet_lite0_network(), device).to(memory_format=torch.channels_last)
-    # It was trained on (x - 127) / 128, x in 0..255.
-    return "image", 96, lambda images: network(images.to(device).float().sub_(127).div_(128))
+    # It was trained on (x - 127) / 128, x in 0..255; the 128 is in its first convolution.
+    return "image", 96, lambda images: network(torch.sub(images.to(device), 127.0).float())
 
 
 def _efficientnet_lite0_network() -> nn.Sequential:
@@ -377,8 +385,10 @@ def _efficientnet_lite0_network() -> nn.Sequential:
 
 
 def _folded(model: Any) -> nn.Sequential:
-    """EfficientNet-Lite up to the pooled features, as plain convolutions and clamps: the same function, faster."""
-    layers = [_folded_conv(model._conv_stem, model._bn0), nn.ReLU6(inplace=True)]
+    """EfficientNet-Lite from x - 127 to pooled features, as plain convolutions and clamps: the same function, faster."""
+    stem = _folded_conv(model._conv_stem, model._bn0)
+    stem.weight.data /= 128  # a power of two: exact
+    layers = [stem, nn.ReLU6(inplace=True)]
     for block in model._blocks:
         inner = []
         if block._block_args.expand_ratio != 1:

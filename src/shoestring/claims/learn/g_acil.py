@@ -42,7 +42,7 @@ PAPER = {  # CIFAR-100, the only published setting of ours
 
 def run(fast: bool, progress: Progress, seeds: int | None = None) -> Result:
     seeds = seeds or (1 if fast else 3)
-    X, y, X_test, y_test = _pixels(1200, 400) if fast else _features(5000, 1000, progress)
+    X, y, X_test, y_test = _pixels(1200, 400) if fast else _features(4000, 1000, progress)
     width = 500 if fast else COMPONENTS
     W_B = random_projection(X.shape[1], width)
     B, B_test = np.maximum(X @ W_B, 0), np.maximum(X_test @ W_B, 0)  # the buffer, once for all streams
