@@ -197,11 +197,9 @@ class Backbone:
             if skipped is not None:
                 skipped += broken
             if kept:
-                features = self._features(batch)
-                if features.shape != (len(kept), self.dim):
-                    raise ValueError(
-                        f"backbone {self.name} must give features of shape {(len(kept), self.dim)}, got {features.shape}"
-                    )
+                features, shape = self._features(batch), (len(kept), self.dim)
+                if features.shape != shape:
+                    raise ValueError(f"backbone {self.name} must give features of shape {shape}, got {features.shape}")
                 yield np.array(kept), features
             if progress is not None:
                 progress(done)
@@ -385,7 +383,7 @@ def _efficientnet_lite0_network() -> nn.Sequential:
 
 
 def _folded(model: Any) -> nn.Sequential:
-    """EfficientNet-Lite from x - 127 to pooled features, as plain convolutions and clamps: the same function, faster."""
+    """EfficientNet-Lite from x - 127 to pooled features, in plain convolutions and clamps: the same, faster."""
     stem = _folded_conv(model._conv_stem, model._bn0)
     stem.weight.data /= 128  # a power of two: exact
     layers = [stem, nn.ReLU6(inplace=True)]
