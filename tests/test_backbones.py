@@ -48,7 +48,7 @@ def pixels():
 def reading(request, monkeypatch):
     """Both ways of reading: with a core left for it, and with none."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr("os.cpu_count", lambda: 2 if request.param == "ahead" else 1)
+    monkeypatch.setattr(backbones, "_cores", lambda: 2 if request.param == "ahead" else 1)
     return request.param
 
 

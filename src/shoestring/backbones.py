@@ -191,7 +191,7 @@ class Backbone:
         done = 0
         read = partial(self._read, numbered, skipped is None)
         # A thread beside a model that computes on all cores costs more than it gives (benchmarks/features.py).
-        core_left = self.device.type != "cpu" or torch.get_num_threads() < (os.cpu_count() or 1)
+        core_left = self.device.type != "cpu" or torch.get_num_threads() < _cores()
         for kept, batch, broken in _ahead(read) if core_left else iter(read, None):
             done += len(kept) + len(broken)
             if skipped is not None:
@@ -230,6 +230,11 @@ class Backbone:
         if not np.isfinite(features).all():
             raise FloatingPointError(f"backbone {self.name} gave features that are NaN or infinite")
         return features
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ahead(read: Callable[[], _Read | None]) -> Iterator[_Read]:
@@ -366,7 +371,7 @@ def _own(function: Callable[..., Any], kind: str, device: torch.device, image_si
 def _efficientnet_lite0(device: torch.device) -> _Loaded:
     network = _freeze(_efficientnet_lite0_network(), device).to(memory_format=torch.channels_last)
     # It was trained on (x - 127) / 128, x in 0..255; the 128 is in its first convolution.
-    return "image", 96, lambda images: network(torch.sub(images.to(device), 127.0).float())
+    return "image", 96, lambda images: network(images.to(device).float().sub_(127))
 
 
 def _efficientnet_lite0_network() -> nn.Sequential:
@@ -733,4 +738,4 @@ def _rgb(image: Any) -> np.ndarray:
 
 
 def _three_channels(array: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(array, (*array.shape[:2], 3))
+    return array if array.shape[2] == 3 else np.repeat(array, 3, axis=2)
