@@ -1211,6 +1211,9 @@ def main():
         results["manual"] = str(error)
     results["nan"] = nan_error()
     (folder / f"{rank()}.json").write_text(json.dumps(results))
+    if torch.distributed.is_initialized():  # else gloo's threads may abort the process at its end
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
