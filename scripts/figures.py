@@ -99,9 +99,26 @@ def speed(name: str) -> str:
     told = _recorded(name)
     rows = [[r["what"], f"{r['ratio']:.2f}", r["limit"].replace("<=", "≤").replace(">=", "≥")] for r in told["ratios"]]
     where = f"{told['machine']['cores']} cores, {told['machine']['processor']}, {told['date']}"
-    return f"Ratios of one run ({where}); `python benchmarks/{name}.py` prints them on yours.\n\n" + _table(
-        ["what", "ratio", "limit"], rows
+    missed = [r["what"] for r in told["ratios"] if not r["ok"]]
+    return (
+        f"Ratios of one run ({where}); `python benchmarks/{name}.py` prints them on yours.\n\n"
+        + _table(["what", "ratio", "limit"], rows)
+        + (f"\nOver the limit: {'; '.join(missed)}.\n" if missed else "")
     )
+
+
+def features() -> str:
+    told = _recorded("features")
+    pillow = told["with Pillow counted to the bare model"]
+    rows = [[name, f"{ratio:.3f}", f"{pillow[name]:.3f}", "≤ 1.05"] for name, ratio in told["overhead"].items()]
+    header = [
+        "2,000 images, one core",
+        "CPU / bare model over ready tensors",
+        "Pillow's decoding in both",
+        "limit (first)",
+    ]
+    missed = [name for name, ratio in told["overhead"].items() if ratio > 1.05]
+    return _table(header, rows) + (f"\nOver the limit: {', '.join(missed)}.\n" if missed else "")
 
 
 def _figures(result: Result) -> str:

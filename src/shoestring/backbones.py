@@ -276,7 +276,7 @@ def load(
     device : str or torch.device, optional
         "cpu" by default, and for a module of your own the device it is on.
     batch_size : int, optional
-        Items that go through the model at once. By default 256 texts (in parts of 32 of like length); 16 images on a
+        Items that go through the model at once. By default 256 texts (in parts of 32 of like length); 32 images on a
         CPU, where larger batches fall out of the cache, and 128 elsewhere.
     image_size : int, optional
         Side of the square that an image is resized to. By default 96 for ``"efficientnet-lite0"``, the size of its
@@ -344,7 +344,7 @@ def load(
     elif image_size is not None:
         raise ValueError(f"image_size must be None for {label}, got {image_size}")
     if batch_size is None:
-        batch_size = 256 if own_kind == "text" else 16 if device.type == "cpu" else 128
+        batch_size = 256 if own_kind == "text" else 32 if device.type == "cpu" else 128
     return Backbone(label, own_kind, prepare, forward, device=device, batch_size=int(batch_size))
 
 
@@ -569,12 +569,12 @@ def _open_clip(name: str, kind: str, device: torch.device) -> _Loaded:
     model = _freeze(open_clip.create_model(architecture, pretrained=tag), device)
     if kind == "text":
         tokenizer = open_clip.get_tokenizer(architecture)
-        return kind, tokenizer, lambda tokens: model.encode_text(tokens.to(device))
+        return kind, tokenizer, lambda tokens: model.encode_text(tokens.to(device), normalize=False)
     size = model.visual.image_size
     size = size if isinstance(size, int) else size[0]
     mean, std = (getattr(model.visual, f"image_{part}", None) for part in ("mean", "std"))
     normalise = _normaliser(mean, std, device)
-    return kind, size, lambda images: model.encode_image(normalise(images))
+    return kind, size, lambda images: model.encode_image(normalise(images), normalize=False)
 
 
 def _never_a_dependency(module: str, package: str, name: str) -> Any:
@@ -683,8 +683,10 @@ def _pixels(item: Any, position: int) -> np.ndarray:
     try:
         if source is item:
             return _rgb(item)
-        with open(item, "rb") if source is None else source as file, Image.open(file) as image:
-            return _rgb(image)
+        if source is not None:
+            return _rgb(Image.open(source))
+        with open(item, "rb") as file:
+            return _rgb(Image.open(file))
     except _DecodeError:
         raise
     except Exception as error:  # Pillow's readers let almost anything through: struct.error, SyntaxError, IndexError...
