@@ -36,8 +36,9 @@ def run(
     """
     import numpy as np
 
-    from shoestring import backbones, data
+    from shoestring import data
     from shoestring.claims import machine
+    from shoestring.claims.learn._streams import frozen_features
     from shoestring.data.streams import SiBlurry
     from shoestring.learn import GACIL
 
@@ -48,16 +49,12 @@ def run(
     y, y_test = np.array(train["label"]), np.array(test["label"])
     start = time.perf_counter()
     with _console.progress("demo") as report:
-        backbone = backbones.load(backbones.DEFAULT)
         total = len(train) + len(test)
 
-        def extract(split: Any, before: int) -> np.ndarray:
-            def seen(n: int) -> None:
-                report(0.8 * (before + n) / total, f"{before + n:,} of {total:,} images")
+        def extracted(done: int, total: int) -> None:
+            report(0.8 * done / total, f"{done:,} of {total:,} images")
 
-            return backbone.extract(split["image"], progress=seen).astype(np.float64)
-
-        X, X_test = extract(train, 0), extract(test, len(train))
+        X, X_test = frozen_features(train, test, extracted)
         images_per_second = total / (time.perf_counter() - start)
         report(0.8, "the stream")
         tasks = SiBlurry(y, n_tasks=TASKS, disjoint=0.5, blurry=0.1, random_state=0).tasks

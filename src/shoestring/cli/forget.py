@@ -40,7 +40,7 @@ def run(
     import numpy as np
 
     from shoestring._signals import uninterrupted
-    from shoestring.learn._state import note, open_state, write_state
+    from shoestring.learn._state import note, open_state, read_notes, write_state
 
     if data is None and class_ is None:
         raise _console.UsageError("give DATA, --class, or both")
@@ -61,7 +61,7 @@ def run(
             strict=strict,
             device=device,
         )
-        open_state(state, backbone=rows.backbone_name or "")
+        read_notes(state, backbone=rows.backbone_name or "")
         X, y = [], []
         with _console.progress(f"reading {data}") as report:
             for part in rows.chunks(256, report):

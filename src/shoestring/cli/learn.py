@@ -183,7 +183,7 @@ def _tell(
         if tested:
             n, good = tested.get(label, (0, 0))
             classes[label]["test accuracy"] = good / n if n else None
-    total = sum(asked.values())
+    total, tests = sum(asked.values()), sum(n for n, _ in tested.values())
     summary = {
         "state": str(state),
         "backbone": rows.backbone_name,
@@ -193,9 +193,7 @@ def _tell(
         "rows_per_second": round(learnt / max(rows.seconds, 1e-9), 1),
         "gamma": model.gamma_,
         "accuracy_before_learnt": sum(right.values()) / total if total else None,
-        "test_accuracy": sum(good for _, good in tested.values()) / sum(n for n, _ in tested.values())
-        if tested
-        else None,
+        "test_accuracy": sum(good for _, good in tested.values()) / tests if tested else None,
         "classes": classes,
     }
     if as_json:
@@ -209,5 +207,5 @@ def _tell(
     if total:
         _console.say(f"{summary['accuracy_before_learnt']:.3f} right on {total:,} rows before they were learnt")
     if tested:
-        _console.say(f"{summary['test_accuracy']:.3f} right on {sum(n for n, _ in tested.values()):,} test rows")
+        _console.say(f"{summary['test_accuracy']:.3f} right on {tests:,} test rows")
     _console.say(f"saved in {state}")

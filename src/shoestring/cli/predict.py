@@ -36,14 +36,14 @@ def run(
       shoestring predict fashion --split "test[:100]" --state garments --json
     """
     from shoestring._files import atomic_path
-    from shoestring.learn._state import open_state
+    from shoestring.learn._state import open_state, read_notes
 
     model, extra = open_state(state)
     rows = _rows.Rows(
         data, split, content=content, label=label, need_label=False, backbone=extra.get("backbone") or None,
         strict=strict, device=device,
     )  # fmt: skip
-    open_state(state, backbone=rows.backbone_name or "")
+    read_notes(state, backbone=rows.backbone_name or "")
     found: list[dict[str, Any]] = []
     right = asked = 0
     with _console.progress(f"predicting {data}") as report:

@@ -14,7 +14,13 @@ MODEL = "model.safetensors"
 
 
 def open_state(folder: Path, **same: Any) -> tuple[GACIL, dict[str, Any]]:
-    """The learner of a folder and what was noted beside it.
+    """The learner of a folder and what was noted beside it; arguments and errors as `read_notes`."""
+    extra = read_notes(folder, **same)
+    return GACIL.load(folder / MODEL), extra
+
+
+def read_notes(folder: Path, **same: Any) -> dict[str, Any]:
+    """What was noted beside the learner of a folder, without loading it.
 
     Parameters
     ----------
@@ -35,7 +41,7 @@ def open_state(folder: Path, **same: Any) -> tuple[GACIL, dict[str, Any]]:
         have = meta["extra"].get(name, meta["params"].get(name))
         if wanted is not None and wanted != have:
             raise ValueError(f"{folder} was learnt with {name} = {have!r}, not {wanted!r}; give another --state")
-    return GACIL.load(folder / MODEL), meta["extra"]
+    return meta["extra"]
 
 
 def write_state(folder: Path, model: GACIL, extra: dict[str, Any]) -> None:

@@ -265,9 +265,8 @@ class GACIL(ClassifierMixin, BaseEstimator):
         unknown = np.setdiff1d(y, self._labels)
         if len(unknown):
             raise ValueError(f"cannot forget rows of {unknown[0].item()!r}: no row of that class was seen")
-        if len(y):
-            self.head_.downdate(_tensor(X), torch.as_tensor(_ids(self._labels, y)), weight)
-            self._keep(self.head_.rows.cpu().numpy() > 0)
+        self.head_.downdate(_tensor(X), torch.as_tensor(_ids(self._labels, y)), weight)
+        self._keep(self.head_.rows.cpu().numpy() > 0)
         return self
 
     def forget_class(self, label: Any) -> GACIL:
@@ -388,9 +387,7 @@ class GACIL(ClassifierMixin, BaseEstimator):
         X, y, weight = self._check_rows(X, y, sample_weight, first)
         head = self._new_head(X.shape[1], X) if first else self.head_
         labels = _union(np.empty(0, y.dtype) if first else self._labels, y)
-        if len(y):
-            ids = _ids(labels, y)
-            head.learn_checked(_tensor(X), torch.as_tensor(ids), weight)
+        head.learn_checked(_tensor(X), torch.as_tensor(_ids(labels, y)), weight)
         self.head_ = head
         self._set_labels(labels)
 

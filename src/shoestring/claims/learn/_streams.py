@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +10,8 @@ import numpy as np
 from sklearn.linear_model import SGDClassifier
 from sklearn.preprocessing import StandardScaler
 
-from shoestring.metrics import a_auc, a_avg, a_last
+from shoestring import backbones
+from shoestring.metrics import a_auc, a_avg, a_last, accuracy_on_seen
 
 
 class Learner(Protocol):
@@ -101,7 +102,7 @@ def walk(
 
     def accuracy() -> float:
         rows = np.isin(y_test, list(seen))
-        return float((learner.predict(X_test[rows]) == y_test[rows]).mean())
+        return accuracy_on_seen(y_test[rows], learner.predict(X_test[rows]), list(seen))
 
     for number, task in enumerate(tasks):
         for start in range(0, len(task), batch):
@@ -116,6 +117,18 @@ def walk(
             done.task_ends.append(learnt)
             done.at_task_end.append(accuracy())
     return done
+
+
+def frozen_features(train: Any, test: Any, report: Callable[[int, int], None]) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, d), float64, of two data sets of images by the default backbone; ``report(done, total)`` images."""
+    backbone = backbones.load(backbones.DEFAULT)
+    total = len(train) + len(test)
+
+    def extract(rows: Any, before: int) -> np.ndarray:
+        features = backbone.extract(rows["image"], progress=lambda done: report(before + done, total))
+        return features.astype(np.float64)
+
+    return extract(train, 0), extract(test, len(train))
 
 
 def argmax_seen(scores: np.ndarray, seen: set[int]) -> np.ndarray:

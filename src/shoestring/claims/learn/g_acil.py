@@ -10,9 +10,17 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from shoestring import backbones, data
+from shoestring import data
 from shoestring.claims import Progress, Result, Row, find
-from shoestring.claims.learn._streams import Estimator, Learner, NearestMean, OnlineSGD, argmax_seen, walk
+from shoestring.claims.learn._streams import (
+    Estimator,
+    Learner,
+    NearestMean,
+    OnlineSGD,
+    argmax_seen,
+    frozen_features,
+    walk,
+)
 from shoestring.data.streams import SiBlurry
 from shoestring.learn._ridge import RidgeSums
 from shoestring.learn.g_acil import GACIL, random_projection, solve_ridge
@@ -140,17 +148,12 @@ def _learners(width: int, n_features: int, scaler: StandardScaler) -> dict[str, 
 
 
 def _features(n_train: int, n_test: int, progress: Progress) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    backbone = backbones.load(backbones.DEFAULT)
     train, test = _rows("train", n_train), _rows("test", n_test)
-    total = len(train) + len(test)
 
-    def extract(rows: Any, before: int) -> np.ndarray:
-        def seen(done: int) -> None:
-            progress(0.6 * (before + done) / total, f"features of {total} images")
+    def report(done: int, total: int) -> None:
+        progress(0.6 * done / total, f"features of {total} images")
 
-        return backbone.extract(rows["image"], progress=seen).astype(np.float64)
-
-    X, X_test = extract(train, 0), extract(test, len(train))
+    X, X_test = frozen_features(train, test, report)
     return X, np.array(train["label"]), X_test, np.array(test["label"])
 
 
