@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from _record import record
 from torch import Tensor, nn
 
 from shoestring.loop import fit
@@ -97,15 +98,26 @@ def main() -> None:
         ("conv net, 28 x 28", conv_net, (32, 1, 28, 28), True),
     ]
     print(f"{'model':40} {'ms/step by hand':>16} {'fit/hand':>9} {'with a bar':>11}")
-    late = []
+    late, ratios = [], []
     for name, make, shape, limited in cases:
         milliseconds, ratio = measure(make(), shape, steps, progress=False)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             _, with_bar = measure(make(), shape, steps, progress=True)
         print(f"{name:40} {milliseconds:16.3f} {ratio:9.3f} {with_bar:11.3f}", flush=True)
+        ratios.append(
+            {
+                "model": name,
+                "ms a step by hand": round(milliseconds, 3),
+                "fit": round(ratio, 3),
+                "with a bar": round(with_bar, 3),
+                "limited": limited,
+            }
+        )
         if limited and ratio > LIMIT:
             late.append(name)
-    print(f"a call of fit, before its first step: {milliseconds_per_call():.1f} ms")
+    call = milliseconds_per_call()
+    print(f"a call of fit, before its first step: {call:.1f} ms")
+    record("loop", {"limit": LIMIT, "ratios": ratios, "ms a call": round(call, 2)})
     if late:
         raise SystemExit(f"more than {LIMIT} times the hand-written loop: {', '.join(late)}")
 

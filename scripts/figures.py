@@ -112,13 +112,42 @@ def features() -> str:
     pillow = told["with Pillow counted to the bare model"]
     rows = [[name, f"{ratio:.3f}", f"{pillow[name]:.3f}", "≤ 1.05"] for name, ratio in told["overhead"].items()]
     header = [
-        "2,000 images, one core",
+        "images, one core",
         "CPU / bare model over ready tensors",
         "Pillow's decoding in both",
         "limit (first)",
     ]
     missed = [name for name, ratio in told["overhead"].items() if ratio > 1.05]
     return _table(header, rows) + (f"\nOver the limit: {', '.join(missed)}.\n" if missed else "")
+
+
+def batch_sizes() -> str:
+    told = _recorded("features")
+    speeds = told["images per second by batch size"]
+    sizes = list(next(iter(speeds.values())))
+    rows = [[name, *(str(by_size[size]) for size in sizes)] for name, by_size in speeds.items()]
+    difference = told["largest difference of a feature"]
+    return (
+        _table(["images per second of CPU, by batch size", *sizes], rows)
+        + f"\nLargest difference of a feature, folded against the package: {difference:.0e}, of values up to 5.\n"
+    )
+
+
+def loop() -> str:
+    told = _recorded("loop")
+    limit = f"≤ {told['limit']:.2f}"
+    rows = [
+        [
+            r["model"],
+            f"{r['ms a step by hand']:.2f}",
+            f"{r['fit']:.3f}",
+            f"{r['with a bar']:.3f}",
+            limit if r["limited"] else "",
+        ]
+        for r in told["ratios"]
+    ]
+    header = ["model", "ms a step by hand", "fit / by hand", "with the bar", "limit"]
+    return _table(header, rows) + f"\nA call of `fit` costs {told['ms a call']:.1f} ms before its first step.\n"
 
 
 def _figures(result: Result) -> str:

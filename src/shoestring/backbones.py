@@ -32,7 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from shoestring import _images
 
 __all__ = ["DEFAULT", "Backbone", "load"]
 
@@ -211,9 +212,9 @@ class Backbone:
         kept, values, broken = [], [], []
         for position, item in islice(numbered, self.batch_size):
             try:
-                values.append(_pixels(item, position) if self.kind == "image" else _text(item, position))
+                values.append(_images.pixels(item, position) if self.kind == "image" else _text(item, position))
                 kept.append(position)
-            except _DecodeError as error:
+            except _images.DecodeError as error:
                 if strict:
                     raise ValueError(f"{_name(item, position)} does not decode: {error}") from error
                 broken.append((_name(item, position), str(error)))
@@ -340,7 +341,7 @@ def load(
     if kind not in (None, own_kind):
         raise ValueError(f"kind must be {own_kind!r} for {label}, got {kind!r}")
     if isinstance(prepare, int):
-        prepare = partial(_resized, size=int(image_size or prepare))
+        prepare = partial(_images.resized, size=int(image_size or prepare))
     elif image_size is not None:
         raise ValueError(f"image_size must be None for {label}, got {image_size}")
     if batch_size is None:
@@ -493,7 +494,8 @@ def _transformers_images(
     class_token = any(key.split(".")[-1] == "cls_token" for key, _ in model.named_parameters())
 
     def prepare(images: list[np.ndarray]) -> Any:
-        return processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
+        rgb = [Image.fromarray(_images.three_channels(image)) for image in images]
+        return processor(images=rgb, return_tensors="pt")
 
     def forward(inputs: Any) -> Tensor:
         inputs = inputs.to(device)
@@ -598,25 +600,7 @@ def _freeze(model: Any, device: torch.device) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-# ---- images
-
-
-def _resized(images: list[np.ndarray], size: int) -> Tensor:
-    """Central squares of uint8 images (H, W, 3), resized: (n, 3, size, size), uint8, in channels_last layout."""
-    if len({image.shape for image in images}) > 1:
-        return torch.cat([_resized([image], size) for image in images])
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (n, 3, H, W)
-    height, width = batch.shape[2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    batch = batch[:, :, top : top + side, left : left + side]
-    # On bytes torch resizes as Pillow does, to a level at most, and each image by itself.
-    batch = F.interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
-    return batch.contiguous(memory_format=torch.channels_last)
-
-
-class _DecodeError(Exception):
-    """This image cannot be read, others may: why."""
+# ---- items
 
 
 def _many(items: Any, kind: str) -> Iterator[Any]:
@@ -629,22 +613,7 @@ def _many(items: Any, kind: str) -> Iterator[Any]:
         )
     if isinstance(items, str | bytes | os.PathLike | Mapping | Tensor) or not hasattr(items, "__iter__"):
         raise TypeError(f"items must be a list or other iterable of {kind}s, or a uint8 array, got {type(items)}")
-    return iter(_undecoded(items) if kind == "image" else items)
-
-
-def _undecoded(items: Any) -> Any:
-    """A column of a `datasets.Dataset` with its images still encoded, so that a broken one can be named."""
-    datasets = sys.modules.get("datasets")
-    column = getattr(getattr(datasets, "arrow_dataset", None), "Column", None)  # since datasets 4
-    if datasets is None or column is None or not isinstance(items, column):
-        return items
-    if not isinstance(items.source, datasets.Dataset) or not isinstance(items.features, datasets.Image):
-        return items
-    if items.source.format["type"] is not None:  # a transform of the user's
-        return items
-    name = items.column_name
-    encoded = items.source.select_columns([name]).cast_column(name, datasets.Image(decode=False))
-    return (item for part in encoded.iter(64) for item in part[name])
+    return iter(_images.undecoded(items) if kind == "image" else items)
 
 
 def _name(item: Any, position: int) -> str:
@@ -657,87 +626,3 @@ def _text(item: Any, position: int) -> str:
     if not isinstance(item, str):
         raise TypeError(f"item {position} must be a str, got {type(item)}")
     return item
-
-
-def _pixels(item: Any, position: int) -> np.ndarray:
-    """RGB of shape (H, W, 3), uint8."""
-    if isinstance(item, np.ndarray):
-        return _pixels_of_array(item, position)
-    if isinstance(item, Mapping) and ("bytes" in item or "path" in item):
-        item = item["bytes"] if item.get("bytes") is not None else item["path"]
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'shoestring[vision]'") from error
-    if isinstance(item, Image.Image):
-        source: Any = item
-    elif isinstance(item, bytes):
-        source = BytesIO(item)
-    elif isinstance(item, str | os.PathLike):
-        source = None
-    else:
-        raise TypeError(
-            f"item {position} must be an image: PIL, uint8 array, path, bytes, or a mapping with bytes or path, "
-            f"got {type(item)}"
-        )
-    try:
-        if source is item:
-            return _rgb(item)
-        if source is not None:
-            return _rgb(Image.open(source))
-        with open(item, "rb") as file:
-            return _rgb(Image.open(file))
-    except _DecodeError:
-        raise
-    except Exception as error:  # Pillow's readers let almost anything through: struct.error, SyntaxError, IndexError...
-        raise _DecodeError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not an image that Pillow can read"
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _pixels_of_array(array: np.ndarray, position: int) -> np.ndarray:
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        raise ValueError(
-            f"item {position} must be uint8 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
-            f"got {array.dtype} of shape {array.shape}"
-        )
-    if 0 in array.shape:
-        raise _DecodeError("no pixels")
-    if array.shape[2] == 4:
-        from PIL import Image
-
-        return _rgb(Image.fromarray(array))
-    return _three_channels(array)
-
-
-def _rgb(image: Any) -> np.ndarray:
-    """Any PIL image as its viewer shows it, on white: (H, W, 3), uint8."""
-    from PIL import Image, ImageOps
-
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise _DecodeError(f"{image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
-    if image.mode in ("I", "F"):
-        raise _DecodeError(f"pixels of mode {image.mode}, not 8 or 16 bits")
-    if image.getexif().get(0x112, 1) != 1:  # orientation; exif_transpose would copy the others
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        return _three_channels((np.asarray(image) >> 8).astype(np.uint8)[:, :, None])
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode == "L":
-        return _three_channels(np.asarray(image)[:, :, None])
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _three_channels(array: np.ndarray) -> np.ndarray:
-    return array if array.shape[2] == 3 else np.repeat(array, 3, axis=2)

@@ -16,6 +16,7 @@ from shoestring.learn._ridge import (
     choose_gamma,
     degrees_of_freedom,
     fit_buffers,
+    in_dtype,
     moving,
     residual_sum_of_squares,
     solve_ridge,
@@ -263,7 +264,7 @@ class AnalyticHead(nn.Module):
         w = torch.ones_like(ids, dtype=torch.float64) if weight is None else weight.double()
         for start in range(0, len(E), BLOCK):
             block = slice(start, start + BLOCK)
-            X = self.expand(E[block].to(self.dtype))  # (<= BLOCK, M)
+            X = self.expand(in_dtype(E[block], self.dtype))  # (<= BLOCK, M)
             self.ridge.add(X, ids[block], None if weight is None else weight[block].to(self.dtype), sign)
         self.rows.index_add_(0, ids, torch.ones_like(ids), alpha=int(sign))
         self.weights.index_add_(0, ids, w, alpha=sign)

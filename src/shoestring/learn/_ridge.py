@@ -23,6 +23,25 @@ GATHER = 256  # rows; smaller rank-k updates are bound by reading G, not by arit
 SPILL = 16_384  # rows summed in single precision before they join the double-precision total
 
 
+# On a CPU, NumPy converts and adds large arrays here: torch's threads would go on waiting beside BLAS's, on its cores.
+# Measured on 2 cores, 1,000 rows of width 1,280 to float64 and their rank-k update: 1.25 times as long with torch.
+
+
+def in_dtype(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """``X.to(dtype)``."""
+    if X.dtype == dtype or X.device.type != "cpu" or X.dtype not in (torch.float32, torch.float64):
+        return X.to(dtype)
+    return torch.from_numpy(X.detach().numpy().astype(np.float64 if dtype == torch.float64 else np.float32))
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    """``total += part``."""
+    if total.device.type == "cpu":
+        total.numpy()[...] += part.numpy()
+    else:
+        total += part
+
+
 def rank_k_update(G: Tensor, X: Tensor, sign: float = 1.0) -> None:
     """In place, ``G += sign * X'X`` on the lower triangle of G.
 
@@ -229,7 +248,7 @@ class RidgeSums(nn.Module):
         self._add_gathered()
         self._gathered = None
         if self._partial is not None:
-            self.G += self._partial
+            _add(self.G, self._partial)
             self._partial, self._partial_rows = None, 0
         return self.G
 
