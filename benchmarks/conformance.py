@@ -14,9 +14,28 @@ from _record import record
 from sklearn.base import BaseEstimator
 from sklearn.utils.estimator_checks import check_estimator
 
+from shoestring.classify import (
+    ConstrainedPrototypeClustering,
+    FrechetMeanClassifier,
+    GBNNClassifier,
+    GBNNRegressor,
+    HilbertKernelClassifier,
+    InfinitelyDeepNTKClassifier,
+    LatentLabelShift,
+)
 from shoestring.learn import GACIL
 
-ESTIMATORS: list[BaseEstimator] = [GACIL(n_components=64)]  # the buffer's width changes no check, only their time
+# Sizes are such that the checks take seconds; they change no check.
+ESTIMATORS: list[BaseEstimator] = [
+    GACIL(n_components=64),
+    FrechetMeanClassifier(),
+    ConstrainedPrototypeClustering(),
+    LatentLabelShift(2, random_state=0),
+    HilbertKernelClassifier(),
+    InfinitelyDeepNTKClassifier(),
+    GBNNClassifier(30, learning_rate=0.5, max_iter=30, random_state=0),
+    GBNNRegressor(30, learning_rate=0.5, max_iter=30, random_state=0),
+]
 
 
 def count(estimator: BaseEstimator) -> Counter[str]:

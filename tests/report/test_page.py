@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from shoestring.report import Section, curves, write_page
+from shoestring.report import Section, bars, curves, write_page
 
 
 class Cells(HTMLParser):
@@ -49,3 +49,16 @@ def test_curves_are_drawn_to_scale_and_repeatable(tmp_path):
     assert ax == pytest.approx(bx)
     assert ay > by  # SVG counts downwards: 0.0 is below 1.0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_are_as_long_as_their_values(tmp_path):
+    from PIL import Image
+
+    values = {"ours": (80.0, 2.0), "theirs": (40.0, 0.0)}
+    bars(values, x_label="accuracy, %", title="t", stressed=["ours"], png=tmp_path / "b.png")
+    pixels = Image.open(tmp_path / "b.png").convert("RGB")
+    wide = {}
+    for name, colour in (("ours", (0x0B, 0x6E, 0x4F)), ("theirs", (0x9A, 0xA3, 0xAD))):
+        found = [x for y in range(pixels.height) for x in range(pixels.width) if pixels.getpixel((x, y)) == colour]
+        wide[name] = max(found) - min(found)
+    assert wide["ours"] / wide["theirs"] == pytest.approx(2, abs=0.05)

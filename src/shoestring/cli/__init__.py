@@ -34,6 +34,8 @@ VERBS = (
     "learn",
     "predict",
     "forget",
+    "classify",
+    "compare",
 )
 
 
@@ -61,6 +63,8 @@ class Verbs(TyperGroup):
         # Whoever sees an error adds --debug at the end of the line: it counts wherever it stands.
         _console.debug = "--debug" in argv or os.environ.get("SHOESTRING_DEBUG", "0") not in ("", "0")
         argv = [arg for arg in argv if arg != "--debug"]
+        if not sys.stderr.isatty():  # a log file wants no bars; `datasets` would draw its own
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a terminal that has no "±" or "ö" shows "?"
         try:

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from shoestring.backbones import Backbone
 
-__all__ = ["Chunk", "Columns", "chunks", "find_columns"]
+__all__ = ["Chunk", "Columns", "chunks", "find_columns", "label_column"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ class Chunk:
     X : ndarray of shape (n, d), float32
     y : ndarray of shape (n,), class names or numbers, or None
     names : list of n str, the file of an image, else "row 17"
+    positions : ndarray of shape (n,), int64, which rows of the data set these are
     skipped : list of (name, reason), the rows that could not be read
     """
 
     X: np.ndarray
     y: np.ndarray | None
     names: list[str]
+    positions: np.ndarray
     skipped: list[tuple[str, str]]
 
 
@@ -69,16 +71,11 @@ def find_columns(rows: Any, content: str | None = None, label: str | None = None
     >>> find_columns(load("fashion", split="test"))
     Columns(kind='image', content='image', label='label')
     """
-    import datasets
-
     features = rows.features or {}
     for name in (content, label):
         if name is not None and name not in features:
             raise ValueError(f"there is no column {name!r}; columns are {', '.join(features) or 'unknown'}")
-    if label is None:
-        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        usual = [name for name in ("y", "label", "labels") if name in features and name != content]
-        label = next(iter(usual or (classes if len(classes) == 1 else [])), None)
+    label = label or label_column(features, content)
     kinds = {name: _kind(feature) for name, feature in features.items() if name != label}
     if content is not None:
         if kinds.get(content) is None:
@@ -91,6 +88,15 @@ def find_columns(rows: Any, content: str | None = None, label: str | None = None
         if found:
             return Columns(kind, "X" if "X" in found else found[0], label)
     raise ValueError(f"no column holds features, images or text; columns are {', '.join(features) or 'unknown'}")
+
+
+def label_column(features: Any, content: str | None = None) -> str | None:
+    """``y``, ``label``, ``labels`` or the only column of class labels, other than `content`; None if there is none."""
+    import datasets
+
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    usual = [name for name in ("y", "label", "labels") if name in features and name != content]
+    return next(iter(usual or (classes if len(classes) == 1 else [])), None)
 
 
 def chunks(
@@ -136,8 +142,8 @@ def chunks(
         if columns.label is not None:
             labels = part[columns.label]
             y = np.asarray(int2str(list(labels)) if int2str else labels)[kept]
+        yield Chunk(X, y, [names[i] for i in kept], before + kept, skipped)
         before += len(items)
-        yield Chunk(X, y, [names[i] for i in kept], skipped)
 
 
 def _features(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shoestring import __version__
 from shoestring._files import atomic_path
@@ -128,14 +129,10 @@ def curves(
     ImportError
         If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ImportError("plots need matplotlib: pip install 'shoestring[app]'") from None
+    figure = _figure(8, 4.2)
     import matplotlib
 
     colours = ("#0b6e4f", "#b5542a", "#4c5faf", "#8a6d1a", "#7a3b73")
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for x in steps:
         axes.axvline(x, color="#d8dce2", linewidth=1, zorder=0)
@@ -156,3 +153,49 @@ def curves(
     with matplotlib.rc_context({"svg.hashsalt": "shoestring", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue().split("?>", 1)[1].split(">", 1)[1].strip()  # without the XML declaration and doctype
+
+
+def bars(
+    values: Mapping[str, tuple[float, float]],
+    *,
+    x_label: str,
+    title: str,
+    stressed: Collection[str],
+    png: str | os.PathLike[str],
+) -> None:
+    """Draw shares (name -> per cent, spread) as bars, the first on top, and write the picture.
+
+    Parameters
+    ----------
+    values : name -> (value, spread), 0 to 100
+    x_label, title : of the picture
+    stressed : names whose bars are coloured; the others are grey
+    png : file to write
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    figure = _figure(7, 0.9 + 0.45 * len(values))
+    axes = figure.subplots()
+    names = [*values][::-1]
+    heights, spreads = zip(*(values[name] for name in names), strict=True)
+    colours = ["#0b6e4f" if name in stressed else "#9aa3ad" for name in names]
+    axes.barh(names, heights, xerr=spreads, color=colours, ecolor="#1b1f24", capsize=3)
+    for row, value in enumerate(heights):
+        axes.text(1, row, f"{value:.1f}", va="center", color="white")
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(x_label)
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(Path(png)) as temporary:
+        figure.savefig(temporary, dpi=144, format="png")
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ImportError("plots need matplotlib: pip install 'shoestring[app]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
