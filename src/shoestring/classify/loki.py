@@ -30,8 +30,8 @@ What to expect
 * Where posteriors are broad, a Fréchet mean hedges: expected squared distance falls, accuracy on observed classes can
   fall as well. Measure both (`mean_power_distance`). With over-confident P it is argmax: `temperature` > 1 softens.
 * If only the leaves of a tree of equal depth are labels (the subcategories of emoji, the classes of CIFAR-100), no
-  unobserved leaf ever beats all observed ones: a sibling of an observed leaf k is as far from everything else and
-  farther from k. Then let inner nodes be candidates too; or, with all leaves observed, expect hedging only.
+  unobserved leaf ever beats all observed ones: the observed leaf nearest to it is as near to every observed one as
+  it is, or nearer. Then let inner nodes be candidates too; or, with all leaves observed, expect hedging only.
 * On the complete graph (no geometry) nothing unobserved can be reached but by ties.
 
 Code and paper
@@ -51,6 +51,7 @@ not the paper's text, so its locus algorithm is not reproduced: ours is one line
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, TypeVar
@@ -190,7 +191,7 @@ def frechet_mean_set(probs: Array, distances: Any, observed: ArrayLike | None = 
 def frechet_mean_predict(
     probs: Array, distances: Any, observed: ArrayLike | None = None, *, power: float = 2.0
 ) -> Array:
-    """The Fréchet mean of every row: the paper's prediction. In blocks, so that 100,000 labels need 64 MB blocks.
+    """The Fréchet mean of every row: the paper's prediction. In a few blocks of 64 MB, whatever B and N are.
 
     Parameters are those of `frechet_variances`.
 
@@ -304,7 +305,7 @@ class FrechetMeanClassifier(ClassifierMixin, BaseEstimator):
     Notes
     -----
     Of labels at distance 0 from each other only the first can be answered. The answers of the estimator are asked for
-    all rows of X at once, the variances computed in blocks of 64 MB; `decision_function` returns (n_samples, N).
+    all rows of X at once, the variances computed in a few blocks of 64 MB; `decision_function` returns (n_samples, N).
 
     Examples
     --------
@@ -552,7 +553,7 @@ class LokiHead(nn.Module):
         super().__init__()
         check_power(power)
         temper(np.ones((1, 1)), temperature)
-        D = distances if isinstance(distances, Tensor) else torch.from_numpy(np.array(_numbers(distances, "distances")))
+        D = torch.as_tensor(_distances(distances))
         check_distances(D)
         D = observed_rows(D, observed)
         self.power, self.temperature, self.from_logits = float(power), float(temperature), from_logits
@@ -644,9 +645,9 @@ def _like(array: Any, P: Any) -> Any:
 def _weights_and_rows(probs: Any, distances: Any, observed: ArrayLike | None, power: float) -> tuple[Any, Any]:
     check_power(power)
     P = _weights(probs)
-    D: Any = distances if isinstance(distances, Tensor) else _numbers(distances, "distances")
+    D = _distances(distances)
     if isinstance(D, Tensor) != isinstance(P, Tensor):
-        D = torch.from_numpy(np.array(D)) if isinstance(P, Tensor) else D.detach().cpu().numpy()
+        D = torch.as_tensor(D) if isinstance(P, Tensor) else D.detach().cpu().numpy()
     return P, observed_rows(D, observed, P.shape[1])
 
 
@@ -672,6 +673,15 @@ def _weights(probs: Any) -> Any:
     return P
 
 
+def _distances(distances: Any) -> Any:
+    """An array or tensor of real numbers that can be subtracted."""
+    if not isinstance(distances, Tensor):
+        return _numbers(distances, "distances")
+    if distances.is_complex():
+        raise TypeError(f"distances must hold real numbers, got dtype {distances.dtype}")
+    return distances.to(torch.float32) if distances.dtype == torch.bool else distances.detach()
+
+
 def _numbers(array: Any, name: str) -> np.ndarray:
     numbers: np.ndarray
     try:
@@ -680,7 +690,7 @@ def _numbers(array: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} must be a rectangular array of numbers: {error}") from None
     if numbers.dtype.kind not in "fiub":
         raise TypeError(f"{name} must hold real numbers, got dtype {numbers.dtype}")
-    return numbers
+    return numbers.astype(np.float64) if numbers.dtype.kind == "b" else numbers
 
 
 def _check_embeddings(E: Any) -> Any:
@@ -712,7 +722,7 @@ def _label_array(labels: Any, name: str) -> np.ndarray:
     if len(kinds) > 1 or not kinds <= {"int", "str", "bool", "float"}:
         raise TypeError(f"{name} must be integers or strings, of one kind; got {', '.join(sorted(kinds))}")
     if len(set(listed)) < len(listed):
-        twice = next(label for label in listed if listed.count(label) > 1)
+        twice = Counter(listed).most_common(1)[0][0]
         raise ValueError(f"{name} must be different labels, got {twice!r} twice")
     return np.asarray(labels if isinstance(labels, np.ndarray) and labels.dtype.kind != "O" else listed)
 

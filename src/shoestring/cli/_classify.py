@@ -277,7 +277,7 @@ def _gbnn(seed: int) -> Any:
     from shoestring.classify.gbnn import GBNNClassifier
 
     # 100 units. The published settings, which are the defaults of the class, take ten times as long on a table.
-    return GBNNClassifier(50, units_per_step=2, learning_rate=0.5, solver="projected", max_iter=10, random_state=seed)
+    return GBNNClassifier(20, units_per_step=5, learning_rate=0.5, solver="projected", max_iter=10, random_state=seed)
 
 
 def _wide_deep(seed: int) -> Any:
