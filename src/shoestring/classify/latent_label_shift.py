@@ -155,7 +155,7 @@ class LatentLabelShift(BaseEstimator):
     Warns
     -----
     IdentifiabilityWarning
-        If condition_number_ > 100, residual_ > 0.1, or n_visible_classes_ is not n_classes.
+        If `condition_number_` > 100, `residual_` > 0.1, or `n_visible_classes_` is not `n_classes`.
 
     Notes
     -----

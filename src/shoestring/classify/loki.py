@@ -10,7 +10,7 @@ labels the classifier never saw can be answered too. Nothing is trained and no e
 
 Equations
 ---------
-Y all labels, |Y| = N, with a metric d; Lambda, |Lambda| = K, those the classifier knows; P(x) its probabilities::
+Y are all N labels, with a metric d; Lambda the K of them that the classifier knows; P(x) its probabilities::
 
     S(x, y) = sum_{k in Lambda} P(k | x) d(k, y)^2          Fréchet variance of candidate y
     yhat(x) = argmin_{y in Y} S(x, y)                       Fréchet mean; argmax P if d = 1 - I
