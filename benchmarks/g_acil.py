@@ -14,48 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
+from _race import FAILED, RATIOS, clock, race, report
 from _record import record
 from scipy.linalg.blas import dsyrk
 from sklearn.linear_model import SGDClassifier
 
 from shoestring.learn import GACIL
 from shoestring.learn.g_acil import random_projection
-
-RATIOS: list[dict[str, object]] = []
-FAILED: list[str] = []
-
-
-def clock(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def race(repeats: int, **work: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each, interleaved so that they share the machine's moods."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, call in work.items():
-            time.sleep(0.1)  # until the threads of the one before, which wait busily in their own BLAS, are asleep
-            seconds[name].append(clock(call))
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def report(what: str, ratio: float, limit: float, at_least: bool) -> None:
-    good = ratio >= limit if at_least else ratio <= limit
-    sign = ">=" if at_least else "<="
-    RATIOS.append({"what": what, "ratio": round(ratio, 3), "limit": f"{sign} {limit:g}", "ok": good})
-    print(f"  {what:<78} {ratio:7.2f}   (must be {sign} {limit:g})  {'ok' if good else 'FAILED'}")
-    if not good:
-        FAILED.append(what)
 
 
 def published(X: np.ndarray, y: np.ndarray, classes: int, chunk: int, left_to_right: bool) -> None:
@@ -104,6 +74,7 @@ def against_the_limit(rows: int, M: int, repeats: int) -> None:
     print(f"absorbing {rows} rows, M = {M}, 100 classes, float64")
     s = race(
         repeats,
+        rest=0.1,
         dsyrk=limit,
         rows=lambda: absorb(X, y, 256, buffer=None),
         single=lambda: absorb(X[:2000], y[:2000], 8, buffer=None),
@@ -148,6 +119,7 @@ def against_scikit_learn(rows: int, repeats: int) -> None:
     print(f"{rows} x 1280 float32 features in batches of 1000, 100 classes")
     s = race(
         repeats,
+        rest=0.1,
         floor32=lambda: floor(np.float32),
         ours32=lambda: absorb(X, y, 1000, buffer=None, dtype="float32"),
         floor64=lambda: floor(np.float64),

@@ -12,13 +12,11 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
 
 import numpy as np
+from _race import FAILED, RATIOS, race, report
 from _record import record
 from sklearn.base import ClassifierMixin, clone
 from sklearn.cluster import KMeans
@@ -31,32 +29,6 @@ from shoestring.classify.latent_label_shift import LatentLabelShift
 
 # Set before the first run; the issue sets none for this method.
 FIT_SPA, FIT_NMF, PREDICT = 1.25, 2.0, 2.0
-
-RATIOS: list[dict[str, object]] = []
-FAILED: list[str] = []
-
-
-def clock(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def race(repeats: int, **work: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each, interleaved so that they share the machine's moods."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, call in work.items():
-            seconds[name].append(clock(call))
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def report(what: str, ratio: float, limit: float) -> None:
-    good = ratio <= limit
-    RATIOS.append({"what": what, "ratio": round(ratio, 3), "limit": f"<= {limit:g}", "ok": good})
-    print(f"  {what:<78} {ratio:7.2f}   (must be <= {limit:g})  {'ok' if good else 'FAILED'}")
-    if not good:
-        FAILED.append(what)
 
 
 def measure(name: str, X: np.ndarray, d: np.ndarray, classes: int, q: ClassifierMixin, repeats: int) -> None:

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from _race import FAILED, RATIOS, race, report
 from _record import record
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.frozen import FrozenEstimator
@@ -33,29 +31,6 @@ from shoestring.classify.loki import (
     frechet_mean_predict,
     label_distances,
 )
-
-RATIOS: list[dict[str, object]] = []
-FAILED: list[str] = []
-
-
-def race(repeats: int, **work: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each, interleaved so that they share the machine's moods."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, call in work.items():
-            time.sleep(0.1)  # until the threads of the one before are asleep
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def report(what: str, ratio: float, limit: float) -> None:
-    good = ratio <= limit
-    RATIOS.append({"what": what, "ratio": round(ratio, 3), "limit": f"<= {limit:g}", "ok": good})
-    print(f"  {what:<84} {ratio:7.2f}   (must be <= {limit:g})  {'ok' if good else 'FAILED'}")
-    if not good:
-        FAILED.append(what)
 
 
 class Given(ClassifierMixin, BaseEstimator):
@@ -85,6 +60,7 @@ def against_the_product(N: int, K: int, B: int, repeats: int) -> None:
     print(f"{B} rows, {K} observed of {N} labels")
     s = race(
         repeats,
+        rest=0.1,
         product=lambda: P @ D2,
         predict=lambda: frechet_mean_predict(P, D),
         classifier=lambda: given.predict(P),
@@ -112,7 +88,7 @@ def embeddings(N: int, B: int, repeats: int) -> None:
     rng = np.random.default_rng(1)
     E, P = rng.standard_normal((N, 64)), rng.dirichlet(np.ones(N), B)
     D2 = label_distances(E) ** 2
-    s = race(repeats, product=lambda: P @ D2, embeddings=lambda: euclidean_frechet_variances(P, E).argmin(1))
+    s = race(repeats, rest=0.1, product=lambda: P @ D2, embeddings=lambda: euclidean_frechet_variances(P, E).argmin(1))
     print(f"  {f'{B} rows, {N} labels, all observed, 64-d embeddings / NumPy product':<84}", end="")
     print(f" {s['embeddings'] / s['product']:7.2f}   (no limit)")
 

@@ -13,13 +13,13 @@ One thread everywhere. The tasks are hard (about 60 % of the queries come out ri
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+from _race import FAILED, RATIOS, race, report
 from _record import record
 from sklearn.cluster import KMeans
 from sklearn.semi_supervised import LabelSpreading
@@ -27,8 +27,6 @@ from threadpoolctl import threadpool_limits
 
 from shoestring.classify.transductive_clustering import centre_and_normalise, transduce, transduce_tasks
 
-RATIOS: list[dict[str, object]] = []
-FAILED: list[str] = []
 FORMS: dict[str, dict[str, object]] = {
     "SLK-Means (default)": {},
     "K-means": {"laplacian": 0.0},
@@ -37,29 +35,6 @@ FORMS: dict[str, dict[str, object]] = {
     "soft SLK-Means": {"assignment": "soft"},
 }
 WAY, QUERIES, WIDTH = 5, 15, 512
-
-
-def clock(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def race(repeats: int, work: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each, interleaved so that they share the machine's moods."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, call in work.items():
-            seconds[name].append(clock(call))
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def report(what: str, ratio: float, limit: float) -> None:
-    good = ratio >= limit
-    RATIOS.append({"what": what, "ratio": round(ratio, 3), "limit": f">= {limit:g}", "ok": good})
-    print(f"  {what:<78} {ratio:7.2f}   (must be >= {limit:g})  {'ok' if good else 'FAILED'}")
-    if not good:
-        FAILED.append(what)
 
 
 def draw(n_tasks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,11 +60,11 @@ def main(n_tasks: int, repeats: int, recorded: bool) -> None:
         )
 
     print(f"{n_tasks} five-way one-shot tasks, {WAY * (1 + QUERIES)} points of {WIDTH} float32 features, one thread")
-    seconds = race(repeats, {name: lambda options=options: batched(options) for name, options in FORMS.items()})
+    seconds = race(repeats, **{name: partial(batched, options) for name, options in FORMS.items()})
     for name, options in FORMS.items():
         share = (batched(options) == answers).float().mean()
         print(f"    {name:<22} {n_tasks / seconds[name]:7.0f} tasks/s   {100 * share:.1f} % right")
-    report("five-way tasks a second, batched, default / 100", n_tasks / seconds["SLK-Means (default)"] / 100, 1.0)
+    report("five-way tasks a second, batched, default / 100", n_tasks / seconds["SLK-Means (default)"] / 100, 1.0, True)
 
     few = min(100, n_tasks)
     rows = centre_and_normalise(torch.cat([support, query], 1)[:few]).numpy()
@@ -102,7 +77,7 @@ def main(n_tasks: int, repeats: int, recorded: bool) -> None:
         "sklearn KMeans": lambda: [KMeans(WAY, init=x[:WAY], n_init=1).fit(x) for x in rows],
         "sklearn LabelSpreading": lambda: [LabelSpreading().fit(x, y) for x in rows],
     }
-    seconds = race(repeats, peers)
+    seconds = race(repeats, **peers)
     for name in peers:
         print(f"    {name:<22} {few / seconds[name]:7.0f} tasks/s")
     for ours in ("batched, default", "batched, K-means"):

@@ -13,14 +13,12 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 import tracemalloc
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+from _race import FAILED, RATIOS, clock, race, report
 from _record import record
 from sklearn.metrics.pairwise import euclidean_distances, rbf_kernel
 from sklearn.neighbors import KNeighborsClassifier
@@ -35,32 +33,6 @@ from shoestring.classify.wide_deep import (
     koenigs_kernel,
     ntk_kernel,
 )
-
-RATIOS: list[dict[str, object]] = []
-FAILED: list[str] = []
-
-
-def clock(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def race(repeats: int, **work: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each, interleaved."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, call in work.items():
-            seconds[name].append(clock(call))
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def report(what: str, ratio: float, limit: float) -> None:
-    good = ratio <= limit
-    RATIOS.append({"what": what, "ratio": round(ratio, 3), "limit": f"<= {limit:g}", "ok": good})
-    print(f"  {what:<86} {ratio:6.2f}   (must be <= {limit:g})  {'ok' if good else 'FAILED'}")
-    if not good:
-        FAILED.append(what)
 
 
 def rows(n: int, width: int, seed: int) -> np.ndarray:

@@ -14,25 +14,10 @@ from sklearn.datasets import load_digits, load_wine
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
-from typer.testing import CliRunner
-
-from shoestring.cli import app
 
 WINE = load_wine(as_frame=True).frame.rename(columns={"target": "label"})
 NAMED = WINE.assign(label=np.array(["barolo", "grignolino", "barbera"])[WINE["label"]])
 DIGITS, LABELS = load_digits(return_X_y=True)
-
-
-@pytest.fixture
-def shoestring():
-    runner = CliRunner()
-
-    def call(*arguments, code=0):
-        result = runner.invoke(app, [str(a) for a in arguments])
-        assert result.exit_code == code, result.output + (result.stderr or "")
-        return result
-
-    return call
 
 
 @pytest.fixture

@@ -14,25 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
-from typer.testing import CliRunner
 
-from shoestring.cli import app
 from shoestring.learn import GACIL
 
 DIGITS, LABELS = load_digits(return_X_y=True)
 NAMES = np.array([f"digit {k}" for k in range(10)])[LABELS]
-
-
-@pytest.fixture
-def shoestring():
-    runner = CliRunner()
-
-    def call(*arguments, code=0):
-        result = runner.invoke(app, [str(a) for a in arguments])
-        assert result.exit_code == code, result.output + (result.stderr or "")
-        return result
-
-    return call
 
 
 @pytest.fixture

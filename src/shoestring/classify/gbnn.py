@@ -42,7 +42,6 @@ Read: the official package `gbnn` (GAA-UAM); of the paper, the abstract; its tab
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -58,6 +57,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+
+from shoestring.classify._fit import all_or_nothing
 
 __all__ = [
     "Block",
@@ -334,18 +335,6 @@ def _slope(H: np.ndarray, activation: str) -> np.ndarray:
 # ---- the estimators
 
 
-@contextmanager
-def _all_or_nothing(model: BaseEstimator) -> Iterator[None]:
-    """A fit that raises leaves the model as it was: validation sets n_features_in_ before later checks can fail."""
-    before = vars(model).copy()
-    try:
-        yield
-    except BaseException:
-        vars(model).clear()
-        vars(model).update(before)
-        raise
-
-
 class _GBNN(BaseEstimator):
     """What both estimators are: T blocks, their steps, and one network made of them."""
 
@@ -618,7 +607,7 @@ class GBNNClassifier(ClassifierMixin, _GBNN):
             If X or y are not finite numbers and labels of one length, y holds one class, or a parameter is not one of
             those above.
         """
-        with _all_or_nothing(self):
+        with all_or_nothing(self):
             self._check_parameters()
             goes_on = self.warm_start and hasattr(self, "blocks_")
             X, y = validate_data(self, X, y, reset=not goes_on, dtype=np.float64)
@@ -709,7 +698,7 @@ class GBNNRegressor(RegressorMixin, _GBNN):
         ValueError
             If X or y are not finite numbers of one length, or a parameter is not one of those above.
         """
-        with _all_or_nothing(self):
+        with all_or_nothing(self):
             self._check_parameters()
             goes_on = self.warm_start and hasattr(self, "blocks_")
             X, y = validate_data(self, X, y, reset=not goes_on, dtype=np.float64, multi_output=True, y_numeric=True)

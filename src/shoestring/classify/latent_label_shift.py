@@ -50,7 +50,6 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Callable
-from copy import copy
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +63,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, check_cv
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
+
+from shoestring.classify._fit import all_or_nothing
 
 __all__ = [
     "IdentifiabilityWarning",
@@ -224,9 +225,8 @@ class LatentLabelShift(BaseEstimator):
             empty (an unused category) or has one row; or the discriminator does not return probabilities of exactly
             these domains. A fitted model is then unchanged.
         """
-        learnt = copy(self)
-        learnt._fit(X, y, domains)
-        self.__dict__ = learnt.__dict__  # only now that all has gone well
+        with all_or_nothing(self):
+            self._fit(X, y, domains)
         self._warn()
         return self
 

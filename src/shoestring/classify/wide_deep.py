@@ -76,6 +76,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from shoestring.classify._fit import all_or_nothing
 from shoestring.classify._wide_deep_kernels import (
     Signed,
     Taxonomy,
@@ -140,8 +141,7 @@ class _KernelVote(ClassifierMixin, BaseEstimator):
         TypeError, ValueError
             If a parameter, X or y is not what it must be; the estimator is then as before.
         """
-        before = self.__dict__.copy()
-        try:
+        with all_or_nothing(self):
             rows, labels = validate_data(self, X, y, dtype=np.float64)
             try:
                 check_classification_targets(labels)
@@ -154,9 +154,6 @@ class _KernelVote(ClassifierMixin, BaseEstimator):
             order = np.argsort(codes, kind="stable")
             self._codes = codes[order]  # sorted, so that votes are sums over runs of columns
             self._learn(rows[order])
-        except BaseException:
-            self.__dict__ = before
-            raise
         return self
 
     def predict(self, X: ArrayLike) -> np.ndarray:

@@ -125,8 +125,9 @@ def read(
         names, kept = [f"row {i}" for i in range(len(X))], np.arange(len(X))
     else:
         found = _rows.Rows(
-            data, split, content=content, label=label, need_label=False, backbone=backbone, strict=strict, device=device
-        )
+            data, split, content=content, label=label, need_label=False, backbone=backbone, strict=strict,
+            device=device, loaded=rows,
+        )  # fmt: skip
         with _console.progress(f"reading {data}") as report:
             parts = list(found.chunks(256, report))
         found.print_skipped()

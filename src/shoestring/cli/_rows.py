@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,9 @@ Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="La
 Content = Annotated[
     str | None, typer.Option("--column", metavar="COLUMN", help="Column of images, features or texts, likewise.")
 ]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the CSV here.", show_default="standard output")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first image that does not decode.")]
 Device = Annotated[str, typer.Option("--device", help="Where to compute, as torch names it: cpu, cuda, ...")]
 
@@ -43,6 +48,7 @@ class Rows:
     data, split, content, label : as the options above
     backbone : name of the encoder, or None for the default where one is needed
     shuffle : seed of the order, or None for the order of the data set
+    loaded : the data set itself, if it has been loaded already
     """
 
     def __init__(
@@ -57,11 +63,12 @@ class Rows:
         shuffle: int | None = None,
         strict: bool = False,
         device: str = "cpu",
+        loaded: Any = None,
     ) -> None:
         from shoestring.data import load
         from shoestring.data.features import find_columns
 
-        rows: Any = load(data, split=split)
+        rows: Any = load(data, split=split) if loaded is None else loaded
         self.columns: Columns = find_columns(rows, content, label)
         if need_label and self.columns.label is None:
             raise ValueError(
@@ -104,6 +111,22 @@ def default_backbone(kind: str) -> str:
     from shoestring import backbones
 
     return backbones.DEFAULT if kind == "image" else "minilm"
+
+
+def write_labels(found: list[dict[str, Any]], out: Path | None) -> None:
+    """CSV of name, label and probability: to the file, whole or not at all, or to stdout."""
+    from shoestring._files import atomic_path
+
+    def write(file: Any) -> None:
+        writer = csv.DictWriter(file, ["name", "label", "probability"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+    if out is None:
+        write(sys.stdout)
+        return
+    with atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        write(file)
 
 
 def print_classes(classes: dict[Any, dict[str, Any]]) -> None:

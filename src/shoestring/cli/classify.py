@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,9 +34,7 @@ def run(
     ordered: _classify.Ordered = False,
     backbone: _classify.Backbone = None,
     seed: _classify.Seed = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the CSV here.", show_default="standard output")
-    ] = None,
+    out: _rows.Out = None,
     strict: _rows.Strict = False,
     device: _rows.Device = "cpu",
     as_json: _console.Json = False,
@@ -58,8 +53,6 @@ def run(
       shoestring classify visits.csv --domains clinic --classes 4 --method latent-label-shift
     """
     import numpy as np
-
-    from shoestring._files import atomic_path
 
     if method not in _classify.SLUGS:
         raise _console.UsageError(
@@ -93,17 +86,7 @@ def run(
             {"method": method, "labels_shown": int(problem.shown.sum()), "accuracy": accuracy, "rows": rows}
         )
         return
-    if out is None:
-        _write(sys.stdout, rows)
-    else:
-        with atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            _write(file, rows)
+    _rows.write_labels(rows, out)
     typer.echo(f"{len(rows):,} rows labelled from {int(problem.shown.sum()):,} labels", err=True)
     if accuracy is not None:
         typer.echo(f"accuracy {accuracy:.3f} on the {int(scored.sum()):,} rows whose labels were hidden", err=True)
-
-
-def _write(file: Any, rows: list[dict[str, Any]]) -> None:
-    writer = csv.DictWriter(file, ["name", "label", "probability"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)

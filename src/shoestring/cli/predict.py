@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -18,9 +15,7 @@ def run(
     split: _rows.Split = "all",
     label: _rows.Label = None,
     content: _rows.Content = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the CSV here.", show_default="standard output")
-    ] = None,
+    out: _rows.Out = None,
     strict: _rows.Strict = False,
     device: _rows.Device = "cpu",
     as_json: _console.Json = False,
@@ -35,7 +30,6 @@ def run(
       shoestring predict new-photos/ --state pets --out labels.csv
       shoestring predict fashion --split "test[:100]" --state garments --json
     """
-    from shoestring._files import atomic_path
     from shoestring.learn._state import open_state, read_notes
 
     model, extra = open_state(state)
@@ -62,16 +56,6 @@ def run(
     if as_json:
         _console.print_json({"accuracy": accuracy, "skipped": [n for n, _ in rows.skipped], "rows": found})
         return
-    if out is None:
-        _write(sys.stdout, found)
-    else:
-        with atomic_path(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            _write(file, found)
+    _rows.write_labels(found, out)
     if accuracy is not None:
         typer.echo(f"accuracy {accuracy:.3f} on {asked:,} labelled rows", err=True)
-
-
-def _write(file: Any, found: list[dict[str, Any]]) -> None:
-    writer = csv.DictWriter(file, ["name", "label", "probability"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
