@@ -23,11 +23,14 @@ from shoestring.classify import (
     InfinitelyDeepNTKClassifier,
     LatentLabelShift,
 )
-from shoestring.learn import GACIL
+from shoestring.learn import GACIL, TEEN, DKVBClassifier, FeTrIL
 
 # Sizes are such that the checks take seconds; they change no check.
 ESTIMATORS: list[BaseEstimator] = [
     GACIL(n_components=64),
+    TEEN(),
+    FeTrIL(),
+    DKVBClassifier(num_codebooks=16, num_pairs=32, key_dim=8, key_epochs=3),
     FrechetMeanClassifier(),
     ConstrainedPrototypeClustering(),
     LatentLabelShift(2, random_state=0),

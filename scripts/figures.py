@@ -98,9 +98,12 @@ def claim(slug: str) -> str:
 
 def speed(name: str) -> str:
     told = _recorded(name)
-    rows = [[r["what"], f"{r['ratio']:.2f}", r["limit"].replace("<=", "≤").replace(">=", "≥")] for r in told["ratios"]]
+    rows = [
+        [r["what"], f"{r['ratio']:.2f}", r.get("limit", "").replace("<=", "≤").replace(">=", "≥")]
+        for r in told["ratios"]
+    ]
     where = f"{told['machine']['cores']} cores, {told['machine']['processor']}, {told['date']}"
-    missed = [r["what"] for r in told["ratios"] if not r["ok"]]
+    missed = [r["what"] for r in told["ratios"] if not r.get("ok", True)]
     return (
         f"Ratios of one run ({where}); `python benchmarks/{name}.py` prints them on yours.\n\n"
         + _table(["what", "ratio", "limit"], rows)
@@ -131,6 +134,23 @@ def batch_sizes() -> str:
     return (
         _table(["images per second of CPU, by batch size", *sizes], rows)
         + f"\nLargest difference of a feature, folded against the package: {difference:.0e}, of values up to 5.\n"
+    )
+
+
+def scale() -> str:
+    told = _recorded("scale")
+    model = told["model"]
+    rows = [[r["what"], f"{r['ratio']:.2f}", r["limit"].replace("<=", "≤")] for r in told["ratios"]]
+    return (
+        f"{told['rows']:,} garments through the default encoder into a G-ACIL of width 2,000, on {told['machine']['cores']} "
+        f"cores: one process {told['one process s']:.0f} s, Ray {told['ray s']:.0f} s, of which {told['actors start s']:.0f} s "
+        f"until its actors have imported torch and loaded the encoder. Ray itself takes "
+        f"{told['ray and its first actors start s']:.0f} s the first time.\n\n"
+        + _table(["what", "ratio", "limit"], rows)
+        + f"\nOf one worker a row takes {told['ms a row of one worker']:.2f} ms; adding up two learners of "
+        f"{told['MB a learner']:.0f} MB takes {told['s a merge']:.2f} s. From these, and not measured: {model['rows']:.0e} rows "
+        f"on {model['workers']} such workers, in slices of 8,192, take {model['hours']:.0f} hours, nearly all of it in the "
+        "encoder. Network and storage are not in it.\n"
     )
 
 

@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["NEEDS", "ROOMS", "WITHOUT", "Card", "card", "entry_doc", "list_methods", "module_doc"]
+__all__ = ["NEEDS", "PIECES", "ROOMS", "WITHOUT", "Card", "card", "entry_doc", "list_methods", "module_doc"]
 
 PACKAGE = Path(__file__).parent
 
@@ -85,6 +85,14 @@ ROOMS = {
     "guide": "a sampler -> a steered sampler",
     "generate": "data or references -> a generator, images",
     "explain": "a model or data -> what it provably does",
+}
+
+# Parts of the library that are no row of the table and have a claim of their own: name -> what it is, claim module.
+PIECES = {
+    "program-search": (
+        "The evolutionary search over programs that found Lion (arXiv 2302.06675)",
+        "shoestring.claims.search.programs",
+    ),
 }
 
 # Journals among the venues; every other venue is a conference or workshop.

@@ -8,9 +8,21 @@ from importlib import import_module
 import pytest
 
 from shoestring.catalogue import card, list_methods
-from shoestring.claims import RESULTS, VERDICTS, Result, Row, find, load_result, measure, recorded, save_result
+from shoestring.claims import (
+    RESULTS,
+    VERDICTS,
+    Result,
+    Row,
+    claim_module,
+    find,
+    load_result,
+    measurable,
+    measure,
+    recorded,
+    save_result,
+)
 
-READY = [slug for slug in list_methods() if card(slug).status != "planned"]
+READY = measurable()
 
 
 @pytest.mark.parametrize("slug", READY)
@@ -29,7 +41,7 @@ def test_fast_form_runs(slug, tmp_path):
 def test_shipped_result_is_of_the_full_form_and_of_this_source(slug):
     result = recorded(slug)
     assert result is not None, f"run: shoestring claim {slug} --out {RESULTS}"
-    module = import_module(card(slug).claim_module)
+    module = import_module(claim_module(slug))
     assert not result.fast
     assert (result.slug, result.claim, result.rule) == (slug, module.CLAIM, module.RULE)
     assert result.verdict == module.verdict(result.rows)

@@ -219,4 +219,4 @@ def test_bad_tables_and_files_are_one_line(shoestring, tmp_path):
     assert "has no label 'grignolino'" in out.stderr
     WINE.assign(label="").to_csv(tmp_path / "none.csv", index=False)
     assert "two classes" in shoestring("compare", "classify", tmp_path / "none.csv", code=1).stderr
-    assert "room must be classify" in shoestring("compare", "learn", tmp_path / "wine.csv", code=2).stderr
+    assert "room must be classify" in shoestring("compare", "detect", tmp_path / "wine.csv", code=2).stderr

@@ -304,6 +304,7 @@ def toy(monkeypatch):
 
     cards = {c.slug: c for c in (method("toy"), method("broken"), method("later", "planned", "guide"))}
     monkeypatch.setattr(catalogue, "_cards", lambda: cards)
+    monkeypatch.setattr(claims, "PIECES", {})
 
     def measure(fast, progress, seeds=None):
         print("a library that prints")

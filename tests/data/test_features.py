@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shoestring import backbones, data
-from shoestring.data.features import Columns, chunks, find_columns
+from shoestring.data.features import Columns, chunks, find_columns, row_hashes
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,60 @@ def test_wrong_backbone_and_size(pixels):
         next(chunks(texts, Columns("text", "text", None), pixels))
     with pytest.raises(ValueError, match="size must be >= 1"):
         next(chunks(rows, find_columns(rows), pixels, size=0))
+
+
+def hashes(rows, size=1000, **columns):
+    return np.concatenate(list(row_hashes(rows, find_columns(rows, **columns), size)))
+
+
+def test_a_row_is_told_by_its_content_and_label_alone():
+    def table(X, y):
+        return hashes(datasets.Dataset.from_dict({"X": X, "y": y}).with_format("numpy"))
+
+    X = [[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]
+    first = table(X, ["a", "b", "a"])
+    assert (first.shape, first.dtype) == ((3, 16), np.uint8)
+    np.testing.assert_array_equal(first[0], first[2])
+    np.testing.assert_array_equal(first, table(X[::-1], ["a", "b", "a"])[::-1])
+    others = [table(X, ["a", "a", "b"])[2], table([[1.0, 2.5]], ["a"])[0], table([[2.0, 1.0]], ["a"])[0], first[1]]
+    others += [table(X, ["1", "b", "a"])[0], table(X, [1, 2, 3])[0]]  # a number is not its name
+    assert not any(np.array_equal(first[0], other) for other in others)
+    texts = datasets.Dataset.from_dict({"text": ["ab", "a"], "y": ["c", "bc"]})
+    assert not np.array_equal(*hashes(texts))
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_images_are_told_by_their_files_wherever_they_are(tmp_path, size):
+    rows = data.load("fashion", split="test").select(range(40))
+    for folder in ("here", "there"):
+        for i, row in enumerate(rows):
+            (tmp_path / folder / str(row["label"])).mkdir(parents=True, exist_ok=True)
+            row["image"].save(tmp_path / folder / str(row["label"]) / f"{i}.png")
+    here, there = data.load(tmp_path / "here"), data.load(tmp_path / "there")
+    np.testing.assert_array_equal(hashes(here, size), hashes(there))
+    broken = next((tmp_path / "there").rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:-1])
+    assert (hashes(here) != hashes(data.load(tmp_path / "there"))).any(1).sum() == 1
+    for file in (tmp_path / "there").rglob("*.png"):
+        file.unlink()
+    assert len(np.unique(hashes(there), axis=0)) == 40  # the backbone will say that they are gone
+
+
+def test_known_chunks_are_left_out_before_the_backbone(tmp_path):
+    seen, asked = [], []
+    backbone = backbones.load(lambda images: seen.append(len(images)) or images.float().mean((2, 3)), image_size=8)
+    rows = data.load("fashion", split="test").select(range(10))
+    told = hashes(rows)
+
+    def known(part):
+        asked.append(part)
+        return len(asked) == 2
+
+    seen.clear()
+    parts = list(chunks(rows, find_columns(rows), backbone, size=4, known=known))
+    np.testing.assert_array_equal(np.concatenate(asked), told)
+    assert seen == [4, 2]
+    assert [part.positions.tolist() for part in parts] == [[0, 1, 2, 3], [8, 9]]
+    np.testing.assert_array_equal(np.concatenate([part.hashes for part in parts]), told[[0, 1, 2, 3, 8, 9]])
+    assert parts[1].names == ["row 8", "row 9"]
+    assert next(chunks(rows, find_columns(rows), backbone)).hashes is None

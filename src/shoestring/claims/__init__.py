@@ -28,9 +28,21 @@ from typing import Any
 import numpy as np
 
 from shoestring._files import atomic_path
-from shoestring.catalogue import card
+from shoestring.catalogue import PIECES, card, list_methods
 
-__all__ = ["RESULTS", "VERDICTS", "Progress", "Result", "Row", "load_result", "measure", "recorded", "save_result"]
+__all__ = [
+    "RESULTS",
+    "VERDICTS",
+    "Progress",
+    "Result",
+    "Row",
+    "load_result",
+    "measurable",
+    "measure",
+    "recorded",
+    "save_result",
+    "title",
+]
 
 RESULTS = Path(__file__).parent / "results"
 VERDICTS = ("holds", "partly", "not at this scale")
@@ -113,13 +125,42 @@ def find(rows: Sequence[Row], method: str, metric: str, setting: str = "") -> Ro
     return found[0]
 
 
+def measurable(room: str | None = None) -> list[str]:
+    """Everything whose claim can be run: the methods that are ready, and `PIECES`; those of one room, or all."""
+    pieces = [name for name, (_, module) in PIECES.items() if room in (None, module.split(".")[2])]
+    return [slug for slug in list_methods(room=room) if card(slug).status != "planned"] + pieces
+
+
+def title(slug: str) -> str:
+    """What a claim is about: the title of the paper, or of the piece."""
+    return PIECES[slug][0] if slug in PIECES else card(slug).title
+
+
+def claim_module(slug: str) -> str:
+    """Dotted path of the module that measures it.
+
+    Raises
+    ------
+    ValueError
+        If the slug is unknown or the method has no claim yet.
+    """
+    if slug in PIECES:
+        return PIECES[slug][1]
+    row = card(slug)
+    if row.status == "planned":
+        raise ValueError(
+            f"{slug} is planned: there is no claim to measure yet; see `shoestring list --room {row.room}`"
+        )
+    return row.claim_module
+
+
 def measure(slug: str, *, fast: bool = False, progress: Progress | None = None, seeds: int | None = None) -> Result:
     """Run the claim of a method and complete its result.
 
     Parameters
     ----------
     slug : str
-        A method of the catalogue.
+        One of `measurable`.
     fast : bool, default=False
         The short form.
     progress : callable, optional
@@ -134,12 +175,7 @@ def measure(slug: str, *, fast: bool = False, progress: Progress | None = None, 
     """
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be >= 1, got {seeds}")
-    row = card(slug)
-    if row.status == "planned":
-        raise ValueError(
-            f"{slug} is planned: there is no claim to measure yet; see `shoestring list --room {row.room}`"
-        )
-    module = import_module(row.claim_module)
+    module = import_module(claim_module(slug))
     start = time.perf_counter()
     result: Result = module.run(fast, progress or (lambda done, text: None), seeds)
     result.seconds = round(time.perf_counter() - start, 1)
@@ -179,7 +215,7 @@ def load_result(path: str | os.PathLike[str]) -> Result:
 
 def recorded(slug: str) -> Result | None:
     """The result shipped with this version, or None."""
-    path = RESULTS / f"{card(slug).slug}.json"
+    path = RESULTS / f"{slug if slug in PIECES else card(slug).slug}.json"
     return load_result(path) if path.exists() else None
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shoestring.catalogue import ROOMS, card, list_methods
+from shoestring.catalogue import PIECES, ROOMS, list_methods
 from shoestring.cli._console import (
     Json,
     UsageError,
@@ -24,7 +24,7 @@ from shoestring.cli._console import (
     say,
 )
 
-NAMES = ("all", *ROOMS, *list_methods())
+NAMES = ("all", *ROOMS, *list_methods(), *PIECES)
 
 
 def run(
@@ -57,7 +57,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):  # better now than after an hour
         raise PermissionError(f"--out {out} cannot be written to")
-    from shoestring.claims import measure, save_result
+    from shoestring.claims import measure, save_result, title
 
     results = []
     for number, slug in enumerate(slugs, 1):
@@ -70,7 +70,7 @@ def run(
             continue
         results.append(result)
         if not as_json:
-            say(f"{slug}: {card(slug).title}", style="bold")
+            say(f"{slug}: {title(slug)}", style="bold")
             print_result(result)
             say(f"written to {path}\n")
     if as_json:
@@ -81,15 +81,16 @@ def run(
 
 def chosen(names: list[str]) -> list[str]:
     """Slugs, each once; of rooms and of all only what is not planned."""
+    from shoestring.claims import measurable
+
     slugs: dict[str, None] = {}
     for name in names:
-        if name not in (*ROOMS, "all"):
-            if name not in list_methods():
-                raise UsageError(f"slug, room or all: {name!r} is unknown{did_you_mean(name, NAMES)}")
+        if name in (*ROOMS, "all"):
+            slugs |= dict.fromkeys(measurable(None if name == "all" else name))
+        elif name in (*list_methods(), *PIECES):
             slugs[name] = None
-            continue
-        found = list_methods(room=None if name == "all" else name)
-        slugs |= dict.fromkeys(slug for slug in found if card(slug).status != "planned")
+        else:
+            raise UsageError(f"slug, room or all: {name!r} is unknown{did_you_mean(name, NAMES)}")
     if not slugs:
         raise ValueError(f"nothing to measure: all methods of {', '.join(names)} are planned")
     return [*slugs]

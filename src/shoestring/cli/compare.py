@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from shoestring.cli import _classify, _console, _rows
+from shoestring.cli import _classify, _compare_learn, _console, _rows
 
 
 def run(
-    room: Annotated[str, typer.Argument(metavar="ROOM", show_default=False, help="Which room's methods: classify.")],
+    room: Annotated[str, typer.Argument(metavar="ROOM", show_default=False, help="classify or learn.")],
     data: _rows.Data,
     split: _rows.Split = "all",
     label: _rows.Label = None,
@@ -27,7 +27,13 @@ def run(
     distances: _classify.Distances = None,
     ordered: _classify.Ordered = False,
     backbone: _classify.Backbone = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", help="How many draws of labels.")] = 3,
+    tasks: Annotated[
+        int | None,
+        typer.Option("--tasks", min=1, metavar="N", help="learn: steps in which classes come.", show_default="5"),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, metavar="N", help="How many draws of labels, or orders of classes.")
+    ] = 3,
     plot: Annotated[Path, typer.Option("--plot", metavar="PNG", help="Where the plot is written.")] = Path(
         "compare.png"
     ),
@@ -35,14 +41,18 @@ def run(
     device: _rows.Device = "cpu",
     as_json: _console.Json = False,
 ) -> None:
-    """Compare the methods of a room that fit what DATA has, beside two references of scikit-learn.
+    """Compare the methods of a room that fit what DATA has, beside references of scikit-learn.
 
-    In every draw some labels are hidden (--shots or --held-out); all methods see the same others and are scored on the
-    hidden ones. Settings are fixed, defaults (gbnn: 100 units, the projected solver): nothing is tuned for anyone.
-    What does not fit is named, with the reason.
+    classify: in every draw some labels are hidden (--shots or --held-out); all methods see the same others and are
+    scored on the hidden ones. Settings are fixed, defaults (gbnn: 100 units, the projected solver): nothing is tuned
+    for anyone. What does not fit is named, with the reason.
+
+    learn: classes come a few at a time (--tasks), in another order for each seed, and no learner sees a row again.
+    After every task all classes so far are asked, on rows held out.
 
     \b
     Examples:
+      shoestring compare learn photos/ --tasks 5
       shoestring compare classify customers.csv --label segment --drop id
       shoestring compare classify photos.npz --shots 5
       shoestring compare classify ages.csv --label age --ordered --shots 20 --seeds 5
@@ -51,10 +61,25 @@ def run(
 
     from shoestring.report import bars
 
-    if room != "classify":
-        raise _console.UsageError(f"room must be classify, got {room!r}")
+    if room not in ("classify", "learn"):
+        raise _console.UsageError(f"room must be classify or learn, got {room!r}")
     if plot.suffix.lower() != ".png":
         raise _console.UsageError(f"--plot must end in .png, got {plot}")
+    if room == "learn":
+        given = {
+            "--drop": drop, "--shots": shots, "--unlabelled": unlabelled, "--domains": domains, "--classes": classes,
+            "--distances": distances, "--ordered": ordered,
+        }  # fmt: skip
+        for option, value in given.items():
+            if value:
+                raise _console.UsageError(f"{option} is for classify, not for learn")
+        _compare_learn.compare(
+            data, split, label=label, content=content, backbone=backbone, tasks=tasks or 5, held_out=held_out,
+            seeds=seeds, plot=plot, strict=strict, device=device, as_json=as_json,
+        )  # fmt: skip
+        return
+    if tasks is not None:
+        raise _console.UsageError("--tasks is for learn, not for classify")
     problem = _classify.read(
         data, split, label=label, content=content, drop=drop, domains=domains, unlabelled=unlabelled,
         distances=distances, ordered=ordered, classes=classes, backbone=backbone, strict=strict, device=device,

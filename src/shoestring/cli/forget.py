@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoestring.cli import _console, _rows
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def run(
@@ -37,58 +40,90 @@ def run(
       shoestring forget photos/ --class cat --state pets
       shoestring forget --class cat --state pets
     """
-    import numpy as np
-
     from shoestring._signals import uninterrupted
-    from shoestring.learn._state import note, open_state, read_notes, write_state
+    from shoestring.learn import _state
 
     if data is None and class_ is None:
         raise _console.UsageError("give DATA, --class, or both")
-    model, extra = open_state(state)
-    before = model.n_samples_seen_
-    if data is None:
-        target = _as_known(class_, model.classes_)
-        model.forget_class(target)
-        note(extra, f"dropped the class {target}")
-        gone, skipped = 0, []
-    else:
-        rows = _rows.Rows(
-            data,
-            split,
-            content=content,
-            label=label,
-            backbone=extra.get("backbone") or None,
-            strict=strict,
-            device=device,
-        )
-        read_notes(state, backbone=rows.backbone_name or "")
-        X, y = [], []
-        with _console.progress(f"reading {data}") as report:
-            for part in rows.chunks(256, report):
-                assert part.y is not None
-                kept = slice(None) if class_ is None else part.y == _as_known(class_, model.classes_)
-                X.append(part.X[kept])
-                y.append(part.y[kept])
-        rows.print_skipped()
-        if not sum(map(len, y)):
-            raise ValueError(f"{data}: there is no row to forget")
-        model.forget(np.concatenate(X), np.concatenate(y))
-        gone, skipped = before - model.n_samples_seen_, [name for name, _ in rows.skipped]
-        note(extra, f"forgot {data} ({split})" + (f", class {class_}" if class_ else ""), rows=gone)
-    with uninterrupted():
-        write_state(state, model, extra)
+    if not _state.exists(state):
+        _state.open_state(state)  # says so; and no lock is put there
+    with _state.locked(state, lambda: typer.echo(f"{state} is in use; waiting for its turn", err=True)):
+        kept = _rows.open_state(state)
+        if not hasattr(kept.model, "forget" if data is not None else "forget_class"):
+            raise ValueError(
+                f"a learner of the method {kept.method} cannot forget: see docs/learn.md for those that can"
+            )
+        gone = None
+        if data is not None:
+            rows = _rows.Rows(
+                data,
+                split,
+                content=content,
+                label=label,
+                backbone=kept.notes.get("backbone") or None,
+                strict=strict,
+                device=device,
+            )
+            kept.check(backbone=rows.backbone_name or "")
+            gone = _read(rows, None if class_ is None else _as_known(class_, kept.model.classes_))
+        while True:
+            before = kept.model.n_samples_seen_
+            if gone is None:
+                target = _as_known(class_, kept.model.classes_)
+                kept.model.forget_class(target)
+                kept.note(f"dropped the class {target}")
+            else:
+                X, y, hashes = gone
+                kept.model.forget(X, y)
+                kept.ledger.forget(hashes)
+                more = f", class {class_}" if class_ else ""
+                kept.note(f"forgot {data} ({split}){more}", rows=before - kept.model.n_samples_seen_)
+            if not kept.model.n_samples_seen_:
+                kept.ledger.clear()
+            try:
+                with uninterrupted():
+                    _state.commit(kept)
+                break
+            except _state.Conflict as conflict:
+                typer.echo(f"{conflict}: going on from there", err=True)
+                kept = _rows.open_state(state)
+    model = kept.model
     summary = {
         "state": str(state),
-        "rows_forgotten": gone,
+        "rows_forgotten": before - model.n_samples_seen_,
         "rows_left": model.n_samples_seen_,
         "classes": model.classes_.tolist(),
-        "skipped": skipped,
+        "skipped": [] if data is None else [name for name, _ in rows.skipped],
     }
     if as_json:
         _console.print_json(summary)
     else:
-        what = f"{gone:,} rows forgotten" if data else f"class {class_} dropped"
+        what = f"{summary['rows_forgotten']:,} rows forgotten" if data else f"class {class_} dropped"
         typer.echo(f"{what}; {model.n_samples_seen_:,} rows and {len(model.classes_)} classes left in {state}")
+
+
+def _read(rows: _rows.Rows, label: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, labels and hashes of the rows, or of those of one label."""
+    import numpy as np
+
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    raw: list[np.ndarray] = []
+
+    def keep_hashes(hashes: np.ndarray) -> bool:
+        raw.append(hashes)  # those of rows that cannot be read, too: the ledger has them as well
+        return False
+
+    with _console.progress(f"reading {rows.title}") as report:
+        for part in rows.chunks(256, report, known=keep_hashes):
+            assert part.y is not None
+            assert part.hashes is not None
+            kept = slice(None) if label is None else part.y == label
+            parts.append((part.X[kept], part.y[kept], part.hashes[kept]))
+    rows.print_skipped()
+    if not sum(len(y) for _, y, _ in parts):
+        raise ValueError(f"{rows.title}: there is no row to forget")
+    X, y, hashes = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return X, y, np.concatenate(raw) if label is None else hashes
 
 
 def _as_known(label: str | None, classes: object) -> object:

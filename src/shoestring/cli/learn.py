@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +11,15 @@ import typer
 from shoestring.cli import _console, _rows
 
 if TYPE_CHECKING:
-    from shoestring.learn import GACIL
+    import numpy as np
 
-METHODS = ("g-acil",)
+    from shoestring.learn import GACIL
+    from shoestring.learn._ledger import Job
+    from shoestring.learn._state import State
+    from shoestring.scale import Source
+
+METHODS = ("g-acil", "fetril", "teen", "dkvb")
+WHOLE = ("fetril", "dkvb")  # they want to see all rows of their classes at once: DATA is one chunk
 
 
 def run(
@@ -27,22 +34,36 @@ def run(
             help="Frozen encoder; default efficientnet-lite0 for images, minilm for texts.", show_default=False
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="Which learner: g-acil.")] = "g-acil",
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"Which learner, when the state is new: {', '.join(METHODS)}.", show_default="g-acil"),
+    ] = None,
     n_components: Annotated[
-        int | None, typer.Option(min=1, help="Width of the random buffer, when the state is new.", show_default="2000")
+        int | None,
+        typer.Option(min=1, help="g-acil: width of the random buffer, when the state is new.", show_default="2000"),
     ] = None,
     gamma: Annotated[
-        str | None, typer.Option(help='Ridge: a number, or "gcv" to choose it.', show_default="100")
+        str | None, typer.Option(help='g-acil: ridge, a number, or "gcv" to choose it.', show_default="100")
     ] = None,
-    chunk: Annotated[int, typer.Option(min=1, help="Rows a chunk.")] = 256,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Rows a chunk.", show_default="256; fetril and dkvb: all of DATA")
+    ] = None,
     shuffle: Annotated[
-        bool, typer.Option(help="Shuffle the rows (changes only what is reported on the way, not what is learnt).")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--shuffle/--no-shuffle",
+            help="Shuffle the rows (with g-acil it changes what is reported on the way, not what is learnt).",
+            show_default="shuffle",
+        ),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Teach rows that were learnt before once more.")] = False,
     test: Annotated[
         str | None,
         typer.Option(metavar="DATA", help="Measure accuracy on this data set at the end; or a split of DATA."),
     ] = None,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saves on the way.")] = 60.0,
+    on: _rows.On = None,
+    address: _rows.Address = None,
     strict: _rows.Strict = False,
     device: _rows.Device = "cpu",
     as_json: _console.Json = False,
@@ -50,70 +71,216 @@ def run(
     """Teach a classifier the rows of DATA, on top of what it knows. New classes may come at any time; no row is kept.
 
     Each chunk is first asked and then learnt: the accuracy reported on the way is on rows not yet learnt, of classes
-    already known. The learner is saved every minute, at the end, and on Ctrl-C; running the same data again counts
-    its rows again.
+    already known (of more classes than a chunk has rows, not every chunk is asked). The learner is saved every minute,
+    at the end, and on Ctrl-C. Whenever it was cut off, by a crash too, the same command goes on behind what was saved.
+    Rows that were learnt before are told by what they hold, and refused.
+
+    --method is chosen when the state is new: g-acil (exact, forgets), fetril (a mean a class), teen (few shots beside
+    large classes; the classes of the first DATA are its base), dkvb (edits only what is hit).
 
     \b
     Examples:
       shoestring learn photos/ --state pets
+      shoestring learn photos/ --state small --method fetril
       shoestring learn more-photos/ --state pets --test held-out/
       shoestring learn features.npz --state s --gamma 10
+      shoestring learn photos/ --state pets --on ray
       shoestring learn fashion --split "train[:2000]" --test test --state garments
     """
-    import time
+    from shoestring.learn import _state
+    from shoestring.scale import Source
 
-    from shoestring._signals import uninterrupted
-    from shoestring.learn._state import MODEL, note, open_state, write_state
-
+    _rows.check_on(on, address)
     with _console.bad_usage():
-        if method not in METHODS:
+        if method not in (None, *METHODS):
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         ridge = _gamma(gamma)
-    rows = _rows.Rows(
-        data, split, content=content, label=label, backbone=backbone, shuffle=0 if shuffle else None,
-        strict=strict, device=device,
-    )  # fmt: skip
+        if method not in (None, "g-acil") and not (n_components is None and gamma is None):
+            raise ValueError(f"--n-components and --gamma are for g-acil, not for {method}")
+    rows = _rows.Rows(data, split, content=content, label=label, backbone=backbone, strict=strict, device=device)
     test_rows = _test_rows(test, data, rows, device) if test else None
-    if (state / MODEL).exists():
-        model, extra = open_state(state, backbone=rows.backbone_name or "", n_components=n_components, gamma=ridge)
-    else:
-        model, extra = _new(n_components or 2000, ridge or 100.0, device), {"backbone": rows.backbone_name or ""}
-    asked: dict[Any, int] = {}
-    right: dict[Any, int] = {}
-    learnt, saved = 0, time.monotonic()
+    same = {"method": method, "backbone": rows.backbone_name or "", "n_components": n_components, "gamma": ridge}
+    tally = Tally()
 
-    def save() -> None:
-        history = {"rows": learnt, "skipped": len(rows.skipped)}
-        done = {**extra, "history": [*extra.get("history", [])]}
-        note(done, f"learnt {data} ({split})", **history)
-        with uninterrupted():
-            write_state(state, model, done)
+    def taught(report: Any) -> State:
+        """The state after all rows were learnt; anew if another process has taught it on the way."""
+        while True:
+            if _state.exists(state):
+                opened = _rows.open_state(state)
+                opened.check(**same)
+            else:
+                model = _new(method or METHODS[0], n_components or 2000, ridge or 100.0, device, rows)
+                opened = _state.State(state, method or METHODS[0], model, {"backbone": rows.backbone_name or ""})
+            job = opened.ledger.plan(
+                os.path.abspath(data) if os.path.exists(data) else data,
+                split,
+                len(rows.rows),
+                lambda: rows.hashes(report),
+                chunk=chunk or (len(rows.rows) if opened.method in WHOLE else None),
+                shuffle=None if shuffle is False else 0,
+                same_order=shuffle is None,
+                again=again,
+            )
+            try:
+                if on == "ray":
+                    source = Source(data, split, content, label, rows.backbone_name, device)
+                    _teach_on_ray(opened, job, rows, tally, source, address, report)
+                else:
+                    _teach(opened, job, rows, tally, save_every, report)
+            except _state.Conflict as conflict:
+                typer.echo(f"{conflict}: going on from there", err=True)
+                tally.back_to_saved()
+                continue
+            if job.first + job.rows == len(rows.rows):
+                return opened
 
-    try:
-        with _console.progress(f"learning {data}") as report:
-            for part in rows.chunks(chunk, report):
-                assert part.y is not None
-                if learnt or hasattr(model, "classes_"):
-                    _ask(model, part.X, part.y, asked, right)
-                model.partial_fit(part.X, part.y)
-                learnt += len(part.y)
-                if time.monotonic() - saved >= save_every:
-                    save()
-                    saved = time.monotonic()
-    except KeyboardInterrupt:
-        if learnt:
-            save()
-            typer.echo(f"{learnt:,} rows were learnt and are saved in {state}", err=True)
-        raise
+    _state.exists(state)  # so that no lock is put into a folder of something else
+    with (
+        _state.locked(state, lambda: typer.echo(f"{state} is in use; waiting for its turn", err=True)),
+        _console.progress(f"learning {data}") as report,
+    ):
+        kept = taught(report)
     rows.print_skipped()
-    if not learnt:
-        raise ValueError(f"{data}: not one row could be read")
-    save()
     tested: dict[Any, list[int]] = {}
     if test_rows is not None:
-        tested = _accuracy(model, test_rows)
+        tested = _accuracy(kept.model, test_rows)
         test_rows.print_skipped()
-    _tell(model, state, rows, learnt, asked, right, tested, as_json)
+    _tell(kept, rows, tally, tested, as_json)
+
+
+class Tally:
+    """What became of the rows of one command, and how far that is saved."""
+
+    def __init__(self) -> None:
+        self.learnt, self.before = 0, 0  # rows learnt now, and by the same command before it was cut off
+        self.retrying = False  # what is known now was learnt now, or has been counted as learnt before
+        self.asked: dict[Any, int] = {}
+        self.right: dict[Any, int] = {}
+        self.saved()
+
+    def saved(self) -> None:
+        self._saved = self.learnt, dict(self.asked), dict(self.right)
+
+    def back_to_saved(self) -> None:
+        self.learnt, self.asked, self.right = self._saved
+        self.saved()
+        self.retrying = True
+
+
+def _teach(state: State, job: Job, rows: _rows.Rows, tally: Tally, save_every: float, report: Any) -> None:
+    """Learn the chunks of a job that are not in the ledger, and save on the way and at the end."""
+    import time
+    from collections import Counter
+
+    from shoestring._signals import uninterrupted
+    from shoestring.learn._ledger import add_totals, chunk_hash, total_of
+    from shoestring.learn._state import Conflict, commit
+
+    model, history = state.model, [*state.notes.get("history", [])]
+    done, met = Counter(job.chunks), Counter[bytes]()
+    this, total, learnt, skipped = b"", "0", 0, len(rows.skipped)
+    unsaved, unasked, saved = 0, float("inf"), time.monotonic()
+    if job.first:
+        typer.echo(f"the first {job.first:,} rows were learnt before; going on behind them", err=True)
+
+    def known(hashes: np.ndarray) -> bool:
+        nonlocal this, total
+        this, total = chunk_hash(hashes), add_totals(total, total_of(hashes))
+        if met[this] >= done[this]:  # equal chunks count as often as they come
+            return False
+        met[this] += 1
+        tally.before += 0 if tally.retrying else len(hashes)
+        return True
+
+    def save() -> None:
+        nonlocal unsaved, saved
+        state.notes["history"] = [*history]
+        state.note(f"learnt {job.data} ({job.split})", rows=learnt, skipped=len(rows.skipped) - skipped)
+        with uninterrupted():
+            path = commit(state)
+            tally.saved()
+            unsaved = 0
+        saved = time.monotonic()
+        typer.echo(f"saved {learnt:,} rows: {path}", err=True)
+
+    try:
+        for part in rows.chunks(job.chunk, report, first=job.first, count=job.rows, shuffle=job.shuffle, known=known):
+            assert part.y is not None
+            if hasattr(model, "classes_") and unasked >= len(model.classes_):
+                _ask(model, part.X, part.y, tally.asked, tally.right)
+                unasked = 0
+            with uninterrupted():
+                model.partial_fit(part.X, part.y)
+                state.ledger.add(job, this)
+                met[this] += 1
+                learnt, unsaved, unasked = learnt + len(part.y), unsaved + len(part.y), unasked + len(part.y)
+                tally.learnt += len(part.y)
+            if time.monotonic() - saved >= save_every:
+                save()
+    except KeyboardInterrupt:
+        try:
+            if unsaved:
+                save()
+            if tally.learnt:
+                typer.echo(f"{tally.learnt:,} rows were learnt and are saved in {state.folder}", err=True)
+        except Conflict as conflict:
+            typer.echo(f"{conflict}: {unsaved:,} rows of this one are not saved", err=True)
+        raise
+    if not learnt and not met:
+        raise ValueError(f"{job.data}: not one row could be read")
+    changed = state.ledger.end(job, met, total)
+    if changed:
+        typer.echo(
+            f"warning: {changed:,} chunks learnt before are not in {job.data} any more: its rows have changed",
+            err=True,
+        )
+    save()
+    tally.retrying = False
+
+
+def _teach_on_ray(
+    state: State, job: Job, rows: _rows.Rows, tally: Tally, source: Source, address: str | None, report: Any
+) -> None:
+    """Learn the chunks of a job that are not in the ledger on all workers, and save once, at the end."""
+    import time
+    from collections import Counter
+
+    import numpy as np
+
+    from shoestring import scale
+    from shoestring._signals import uninterrupted
+    from shoestring.learn._ledger import add_totals, chunk_hash, shuffled, total_of
+    from shoestring.learn._state import commit
+
+    start = time.perf_counter()
+    hashes = rows.hashes(report)
+    order = np.arange(job.rows) if job.shuffle is None else shuffled(job.rows, job.shuffle)
+    done, met, new = Counter(job.chunks), Counter[bytes](), []
+    positions, total = [np.empty(0, np.int64)], "0"
+    for i in range(0, job.rows, job.chunk):
+        part = job.first + order[i : i + job.chunk]
+        this, total = chunk_hash(hashes[part]), add_totals(total, total_of(hashes[part]))
+        if met[this] < done[this]:
+            tally.before += 0 if tally.retrying else len(part)
+        else:
+            new.append(this)
+            positions.append(part)
+        met[this] += 1
+    wanted = np.concatenate(positions)
+    if len(wanted):
+        state.model, skipped = scale.learn(source, state.model, positions=wanted, address=address, progress=report)
+        rows.skipped += skipped
+        tally.learnt += len(wanted) - len(skipped)
+        for this in new:
+            state.ledger.add(job, this)
+    rows.seconds = time.perf_counter() - start
+    state.ledger.end(job, met, total)
+    state.note(f"learnt {job.data} ({job.split}) on Ray", rows=len(wanted), skipped=len(rows.skipped))
+    with uninterrupted():
+        path = commit(state)
+        tally.saved()
+    tally.retrying = False
+    typer.echo(f"saved {len(wanted):,} rows: {path}", err=True)
 
 
 def _gamma(text: str | None) -> float | str | None:
@@ -128,10 +295,19 @@ def _gamma(text: str | None) -> float | str | None:
     return value
 
 
-def _new(n_components: int, gamma: Any, device: str) -> GACIL:
-    from shoestring.learn import GACIL
+def _new(method: str, n_components: int, gamma: Any, device: str, rows: _rows.Rows) -> Any:
+    """A learner that was taught nothing, with default settings."""
+    from shoestring.learn import GACIL, TEEN, DKVBClassifier, FeTrIL
 
-    return GACIL(n_components=n_components, gamma=gamma, device=device)
+    if method == "g-acil":
+        return GACIL(n_components=n_components, gamma=gamma, device=device)
+    if method == "dkvb":
+        return DKVBClassifier(num_codebooks=64, num_pairs=256, device=device)  # a hundredth of the paper's table
+    if method == "fetril":
+        return FeTrIL()
+    feature = rows.rows.features[rows.columns.label]
+    labels = sorted(set(rows.rows[rows.columns.label][:]))
+    return TEEN(base_classes=feature.int2str(labels) if hasattr(feature, "int2str") else labels)
 
 
 def _test_rows(test: str, data: str, rows: _rows.Rows, device: str) -> _rows.Rows:
@@ -169,10 +345,8 @@ def _accuracy(model: GACIL, rows: _rows.Rows) -> dict[Any, list[int]]:
     return found
 
 
-def _tell(
-    model: GACIL, state: Path, rows: _rows.Rows, learnt: int,
-    asked: dict[Any, int], right: dict[Any, int], tested: dict[Any, list[int]], as_json: bool,
-) -> None:  # fmt: skip
+def _tell(state: State, rows: _rows.Rows, tally: Tally, tested: dict[Any, list[int]], as_json: bool) -> None:
+    model, asked, right = state.model, tally.asked, tally.right
     counts = dict(zip(model.classes_.tolist(), model.class_count_.tolist(), strict=True))
     classes: dict[Any, dict[str, Any]] = {}
     for label in [*counts, *(label for label in tested if label not in counts)]:
@@ -185,13 +359,14 @@ def _tell(
             classes[label]["test accuracy"] = good / n if n else None
     total, tests = sum(asked.values()), sum(n for n, _ in tested.values())
     summary = {
-        "state": str(state),
+        "state": str(state.folder),
         "backbone": rows.backbone_name,
-        "rows": learnt,
+        "rows": tally.learnt,
+        "learnt_before": tally.before,
         "skipped": [{"name": name, "reason": reason} for name, reason in rows.skipped],
         "seconds": round(rows.seconds, 2),
-        "rows_per_second": round(learnt / max(rows.seconds, 1e-9), 1),
-        "gamma": model.gamma_,
+        "rows_per_second": round(tally.learnt / max(rows.seconds, 1e-9), 1),
+        "gamma": getattr(model, "gamma_", None),
         "accuracy_before_learnt": sum(right.values()) / total if total else None,
         "test_accuracy": sum(good for _, good in tested.values()) / tests if tested else None,
         "classes": classes,
@@ -201,11 +376,13 @@ def _tell(
         return
     _rows.print_classes(classes)
     _console.say(
-        f"{learnt:,} rows learnt in {rows.seconds:.1f} s ({summary['rows_per_second']:,.0f} rows/s), "
+        f"{tally.learnt:,} rows learnt in {rows.seconds:.1f} s ({summary['rows_per_second']:,.0f} rows/s), "
         f"{len(rows.skipped)} skipped; {len(model.classes_)} classes"
     )
+    if tally.before:
+        _console.say(f"{tally.before:,} rows had been learnt by this command before it was cut off")
     if total:
         _console.say(f"{summary['accuracy_before_learnt']:.3f} right on {total:,} rows before they were learnt")
     if tested:
         _console.say(f"{summary['test_accuracy']:.3f} right on {tests:,} test rows")
-    _console.say(f"saved in {state}")
+    _console.say(f"saved in {state.folder}")

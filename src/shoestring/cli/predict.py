@@ -16,6 +16,8 @@ def run(
     label: _rows.Label = None,
     content: _rows.Content = None,
     out: _rows.Out = None,
+    on: _rows.On = None,
+    address: _rows.Address = None,
     strict: _rows.Strict = False,
     device: _rows.Device = "cpu",
     as_json: _console.Json = False,
@@ -28,27 +30,40 @@ def run(
     Examples:
       shoestring predict new-photos/ --state pets
       shoestring predict new-photos/ --state pets --out labels.csv
+      shoestring predict new-photos/ --state pets --on ray
       shoestring predict fashion --split "test[:100]" --state garments --json
     """
-    from shoestring.learn._state import open_state, read_notes
-
-    model, extra = open_state(state)
+    _rows.check_on(on, address)
+    kept = _rows.open_state(state)
+    model = kept.model
     rows = _rows.Rows(
-        data, split, content=content, label=label, need_label=False, backbone=extra.get("backbone") or None,
+        data, split, content=content, label=label, need_label=False, backbone=kept.notes.get("backbone") or None,
         strict=strict, device=device,
     )  # fmt: skip
-    read_notes(state, backbone=rows.backbone_name or "")
+    kept.check(backbone=rows.backbone_name or "")
     found: list[dict[str, Any]] = []
     right = asked = 0
+
+    def add(names: list[str], labels: Any, probabilities: Any, given: Any) -> None:
+        nonlocal right, asked
+        for name, answer, p in zip(names, labels.tolist(), probabilities.tolist(), strict=True):
+            found.append({"name": name, "label": answer, "probability": round(p, 4)})
+        if given is not None:
+            asked += len(given)
+            right += sum(a == b for a, b in zip(labels.tolist(), given.tolist(), strict=True))
+
     with _console.progress(f"predicting {data}") as report:
-        for part in rows.chunks(256, report):
-            proba = model.predict_proba(part.X)
-            labels = model.classes_[proba.argmax(1)].tolist()
-            for name, answer, p in zip(part.names, labels, proba.max(1).tolist(), strict=True):
-                found.append({"name": name, "label": answer, "probability": round(p, 4)})
-            if part.y is not None:
-                asked += len(labels)
-                right += sum(a == b for a, b in zip(labels, part.y.tolist(), strict=True))
+        if on == "ray":
+            from shoestring import scale
+
+            source = scale.Source(data, split, content, label, rows.backbone_name, device)
+            scored = scale.predict(source, model, address=address, progress=report)
+            rows.skipped += scored.skipped
+            add(scored.names, scored.labels, scored.probabilities, scored.given)
+        else:
+            for part in rows.chunks(256, report):
+                proba = model.predict_proba(part.X)
+                add(part.names, model.classes_[proba.argmax(1)], proba.max(1), part.y)
     rows.print_skipped()
     if not found:
         raise ValueError(f"{data}: not one row could be read")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from shoestring.backbones import Backbone
 
-__all__ = ["Chunk", "Columns", "chunks", "find_columns", "label_column"]
+__all__ = ["Chunk", "Columns", "chunks", "find_columns", "label_column", "row_hashes"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Chunk:
     names : list of n str, the file of an image, else "row 17"
     positions : ndarray of shape (n,), int64, which rows of the data set these are
     skipped : list of (name, reason), the rows that could not be read
+    hashes : ndarray of shape (n, 16), uint8, what the rows hold, as `row_hashes`; None where nobody asked
     """
 
     X: np.ndarray
@@ -48,6 +50,7 @@ class Chunk:
     names: list[str]
     positions: np.ndarray
     skipped: list[tuple[str, str]]
+    hashes: np.ndarray | None = None
 
 
 def find_columns(rows: Any, content: str | None = None, label: str | None = None) -> Columns:
@@ -100,7 +103,13 @@ def label_column(features: Any, content: str | None = None) -> str | None:
 
 
 def chunks(
-    rows: Any, columns: Columns, backbone: Backbone | None = None, *, size: int = 256, strict: bool = False
+    rows: Any,
+    columns: Columns,
+    backbone: Backbone | None = None,
+    *,
+    size: int = 256,
+    strict: bool = False,
+    known: Callable[[np.ndarray], bool] | None = None,
 ) -> Iterator[Chunk]:
     """Walk through a data set in chunks of features.
 
@@ -111,16 +120,14 @@ def chunks(
     backbone : frozen encoder; needed unless columns.kind is "features"
     size : rows a chunk
     strict : raise at the first image that does not decode, instead of skipping and naming it
+    known : is asked with the `row_hashes` of each chunk, rows that cannot be read included; a chunk for which it says
+        True is left out, before the backbone
 
     Raises
     ------
     ValueError
         If the backbone is missing or of the wrong kind, or, if `strict`, for an image that does not decode.
     """
-    import datasets
-
-    if size < 1:
-        raise ValueError(f"size must be >= 1, got {size}")
     if columns.kind != "features":
         if backbone is None:
             raise ValueError(f"column {columns.content!r} holds {columns.kind}: a backbone is needed")
@@ -128,22 +135,88 @@ def chunks(
             raise ValueError(
                 f"backbone {backbone.name} takes {backbone.kind}, column {columns.content!r} is {columns.kind}"
             )
+    before = 0
+    for items, labels in _parts(rows, columns, size):
+        hashes = None if known is None else _hash(items, labels, columns.kind)
+        if known is None or not known(hashes):  # type: ignore[arg-type]
+            names = [_name(item, before + i) for i, item in enumerate(items)]
+            kept, X, skipped = _features(items, columns.kind, backbone, names, strict)
+            y = None if labels is None else labels[kept]
+            asked = None if hashes is None else hashes[kept]
+            yield Chunk(X, y, [names[i] for i in kept], before + kept, skipped, asked)
+        before += len(items)
+
+
+def row_hashes(rows: Any, columns: Columns, size: int = 1024) -> Iterator[np.ndarray]:
+    """Walk through a data set as `chunks` does, and tell rows by what they hold: no backbone is needed.
+
+    A hash is BLAKE2b over the label and the features (as float32), the encoded image or the text; not over names or
+    places, so that a copy of a file has the same.
+
+    Yields
+    ------
+    ndarray of shape (n, 16), uint8
+
+    Examples
+    --------
+    >>> from shoestring.data import load
+    >>> rows = load("kjv", split="train[:3]")
+    >>> [part.shape for part in row_hashes(rows, find_columns(rows, "text"), size=2)]
+    [(2, 16), (1, 16)]
+    """
+    for items, labels in _parts(rows, columns, size):
+        yield _hash(items, labels, columns.kind)
+
+
+def _parts(rows: Any, columns: Columns, size: int) -> Iterator[tuple[Any, np.ndarray | None]]:
+    """The raw contents of `size` rows at a time, and their labels: class names or numbers."""
+    import datasets
+
+    if size < 1:
+        raise ValueError(f"size must be >= 1, got {size}")
     int2str = getattr((rows.features or {}).get(columns.label), "int2str", None)
     rows = rows.select_columns([name for name in (columns.content, columns.label) if name is not None])
     if columns.kind == "image":
         rows = rows.cast_column(columns.content, datasets.Image(decode=False))
     rows = rows.with_format("numpy" if columns.kind == "features" else None)
-    before = 0
     for part in rows.iter(size):
-        items = part[columns.content]
-        names = [_name(item, before + i) for i, item in enumerate(items)]
-        kept, X, skipped = _features(items, columns.kind, backbone, names, strict)
-        y = None
-        if columns.label is not None:
-            labels = part[columns.label]
-            y = np.asarray(int2str(list(labels)) if int2str else labels)[kept]
-        yield Chunk(X, y, [names[i] for i in kept], before + kept, skipped)
-        before += len(items)
+        labels = None if columns.label is None else part[columns.label]
+        yield (
+            part[columns.content],
+            None if labels is None else np.asarray(int2str(list(labels)) if int2str else labels),
+        )
+
+
+def _hash(items: Any, labels: np.ndarray | None, kind: str) -> np.ndarray:
+    if kind == "features":
+        items = np.ascontiguousarray(items, dtype=np.float32)
+    named = [""] * len(items) if labels is None else [f"{labels.dtype.kind}{label}" for label in labels.tolist()]
+    found = bytearray()
+    for item, label in zip(items, named, strict=True):
+        hashed = hashlib.blake2b(f"{kind} {len(label)} {label} ".encode(), digest_size=16)
+        for piece in _content(item, kind):
+            hashed.update(piece)
+        found += hashed.digest()
+    return np.frombuffer(found, np.uint8).reshape(len(items), 16)
+
+
+def _content(item: Any, kind: str) -> Iterator[Any]:
+    """What a row holds, in pieces."""
+    if kind == "features":
+        yield item.data
+    elif kind == "text":
+        yield str(item).encode()
+    elif item is None:
+        return
+    elif item["bytes"] is not None:
+        yield item["bytes"]
+    else:
+        try:
+            with open(item["path"], "rb") as file:
+                while piece := file.read(1 << 20):
+                    yield piece
+        except OSError:  # the backbone will say so
+            yield item["path"].encode()
 
 
 def _features(

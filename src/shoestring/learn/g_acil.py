@@ -49,26 +49,22 @@ DS-AL's second stream (Zhuang et al., AAAI 2024, arXiv 2403.17503).
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from scipy.linalg import lapack
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from shoestring._files import atomic_path
 from shoestring.learn._analytic_head import AnalyticHead
 from shoestring.learn._buffers import random_projection, rbf_buffer, relu_buffer
 from shoestring.learn._labels import check_labels
+from shoestring.learn._model_file import read, restore, write
 from shoestring.learn._ridge import choose_gamma, recursive_update, solve_ridge
 
 __all__ = [
@@ -332,25 +328,13 @@ class GACIL(ClassifierMixin, BaseEstimator):
         params = {k: v for k, v in self.get_params().items() if k != "centers"}
         if not isinstance(self.random_state, int | np.integer):
             params["random_state"] = None  # the buffer itself is in the file
-        meta = {
-            "format": FORMAT,
-            "version": VERSION,
-            "params": params,
-            "classes": self._labels.tolist(),
-            "kind": self._labels.dtype.kind,
-            "n_features": self.n_features_in_,
-            "feature_names": getattr(self, "feature_names_in_", np.empty(0)).tolist() or None,
-            "extra": extra or {},
-        }
         tensors = {name: tensor.cpu() for name, tensor in self.head_.state_dict().items()}
         for name in tensors:
             if name.endswith(".G"):
                 tensors[name] = _pack(tensors[name])
             elif name.endswith(".Q"):
                 tensors[name] = tensors[name][: self.head_.n_classes]
-            tensors[name] = tensors[name].contiguous()
-        with atomic_path(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"shoestring": json.dumps(meta, default=_plain)})
+        write(path, self, self._labels, tensors, format=FORMAT, version=VERSION, params=params, extra=extra)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> GACIL:
@@ -361,7 +345,7 @@ class GACIL(ClassifierMixin, BaseEstimator):
         FileNotFoundError, ValueError
             If there is no such file; if it is truncated, not a model of this class, or of a newer version.
         """
-        meta, tensors = _read(Path(path))
+        meta, tensors = read(path, format=FORMAT, version=VERSION)
         params = {**meta["params"], "device": device}
         if params["buffer"] == "rbf":
             params["centers"] = tensors["basis"].numpy()
@@ -374,11 +358,7 @@ class GACIL(ClassifierMixin, BaseEstimator):
             raise ValueError(f"{path}: the tensors do not fit the model described in the file: {error}") from None
         if model.head_.n_classes != len(meta["classes"]):
             raise ValueError(f"{path}: holds {model.head_.n_classes} columns for {len(meta['classes'])} classes")
-        model.n_features_in_ = meta["n_features"]
-        if meta["feature_names"]:
-            model.feature_names_in_ = np.array(meta["feature_names"], dtype=object)
-        dtype = {"i": np.int64, "U": str, "b": bool}[meta["kind"]]
-        model._set_labels(np.array(meta["classes"], dtype=dtype))
+        model._set_labels(restore(model, meta))
         return model
 
     # ---- inside
@@ -482,23 +462,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     FileNotFoundError, ValueError
         As `GACIL.load`.
     """
-    return _read(Path(path), tensors=False)[0]
-
-
-def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no saved model at {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {}).get("shoestring", "{}"))
-            read = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (no dict)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file (truncated or damaged): {error}") from None
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a saved GACIL: its format is {meta.get('format')!r}, expected {FORMAT!r}")
-    if meta["version"] > VERSION:
-        raise ValueError(f"{path} has version {meta['version']}; this shoestring reads up to {VERSION}: upgrade it")
-    return meta, read
+    return read(path, format=FORMAT, version=VERSION, tensors=False)[0]
 
 
 def _pack(G: torch.Tensor) -> torch.Tensor:
@@ -509,10 +473,3 @@ def _pack(G: torch.Tensor) -> torch.Tensor:
 def _unpack(packed: torch.Tensor) -> torch.Tensor:
     width = math.isqrt(2 * len(packed))
     return torch.from_numpy(np.ascontiguousarray(lapack.dtpttr(width, packed.numpy(), uplo="U")[0].T))
-
-
-def _plain(value: Any) -> Any:
-    """NumPy scalars, for json."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"cannot save {value!r}: not a plain JSON value")

@@ -132,7 +132,7 @@ def curves(
     figure = _figure(8, 4.2)
     import matplotlib
 
-    colours = ("#0b6e4f", "#b5542a", "#4c5faf", "#8a6d1a", "#7a3b73")
+    colours = ("#0b6e4f", "#b5542a", "#4c5faf", "#8a6d1a", "#7a3b73", "#2b8aa3", "#c23b5a", "#667")
     axes = figure.subplots()
     for x in steps:
         axes.axvline(x, color="#d8dce2", linewidth=1, zorder=0)
@@ -141,6 +141,7 @@ def curves(
     for (name, (xs, ys)), colour in zip(lines.items(), colours * len(lines), strict=False):
         first = name == next(iter(lines))
         axes.plot(xs, ys, color=colour, linewidth=2.4 if first else 1.5, marker="o", markersize=3, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # rows, tasks, steps
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,16 +1,21 @@
-"""Learners that go along a stream of batches, and the walk that measures them: for the claims of this room."""
+"""Data, learners that go along a stream of batches, and the walk that measures them: for the claims of this room."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import SGDClassifier
+from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 
-from shoestring import backbones
+from shoestring import backbones, data
+from shoestring.claims import Progress
 from shoestring.metrics import a_auc, a_avg, a_last, accuracy_on_seen
 
 
@@ -135,3 +140,57 @@ def argmax_seen(scores: np.ndarray, seen: set[int]) -> np.ndarray:
     """The best-scored (N,) of the classes seen; scores (N, c)."""
     ids = np.array(sorted(seen))
     return ids[scores[:, ids].argmax(1)]
+
+
+class Pool(NamedTuple):
+    """Rows to learn from and rows to be asked: features (n, d), float64, and class ids (n,)."""
+
+    X: np.ndarray
+    y: np.ndarray
+    X_test: np.ndarray
+    y_test: np.ndarray
+
+
+def digits_behind_an_mlp(base: np.ndarray, seed: int) -> Pool:
+    """Hidden layer of an MLP of 64 units trained on the `base` digits, as features of all ten; 40 % are asked."""
+    X, y = load_digits(return_X_y=True)
+    X = X / 16.0
+    test = np.random.default_rng([seed, 1]).random(len(y)) < 0.4
+    known = np.isin(y, base) & ~test
+    mlp = MLPClassifier((64,), max_iter=60, random_state=seed, tol=0, n_iter_no_change=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 60 epochs are the budget
+        mlp.fit(X[known], y[known])
+    H = np.maximum(X @ mlp.coefs_[0] + mlp.intercepts_[0], 0)
+    return Pool(H[~test], y[~test], H[test], y[test])
+
+
+def garments(progress: Progress) -> Pool:
+    """2,000 and 1,000 images of the fashion bundle behind the default backbone."""
+    train, test = (data.load("fashion", split=split) for split in ("train[:2000]", "test[:1000]"))
+
+    def report(done: int, total: int) -> None:
+        progress(done / total, f"features of {total:,} garments")
+
+    X, X_test = frozen_features(train, test, report)
+    return Pool(X, np.array(train["label"][:]), X_test, np.array(test["label"][:]))
+
+
+def emoji(progress: Progress) -> Pool:
+    """The subcategories of at least 12 Google emoji behind the default backbone, half of each to learn from."""
+    rows = data.load("emoji", split="google")
+    y = np.array(rows["subcategory"][:])
+    many = np.flatnonzero(np.bincount(y)[y] >= 12)
+    rows, y = rows.select(many), np.unique(y[many], return_inverse=True)[1]
+    rng = np.random.default_rng(0)
+    rank = np.empty(len(y), dtype=np.int64)  # of a row within its class
+    for k in np.unique(y):
+        rows_of = np.flatnonzero(y == k)
+        rank[rows_of] = rng.permutation(len(rows_of))
+    learn, ask = np.flatnonzero(rank % 2 == 0), np.flatnonzero(rank % 2)
+
+    def report(done: int, total: int) -> None:
+        progress(done / total, f"features of {total:,} emoji")
+
+    X, X_test = frozen_features(rows.select(learn), rows.select(ask), report)
+    return Pool(X, y[learn], X_test, y[ask])
