@@ -326,6 +326,7 @@ def _connected(address: str | None) -> Any:
         raise ImportError("jobs on a cluster need ray: pip install 'shoestring[ray]'") from None
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # or every job would tell of its plan, on stderr
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     return ray
