@@ -263,9 +263,9 @@ class GradientNoise:
     gradient scaler, which leaves gradients scaled, noise is scaled as well; to know whether the step will be skipped, a
     GPU is waited for.
 
-    **Cost.** 4 to 5 ns a coordinate on a CPU, where torch draws numbers on one thread only, and about 0.1 ms: 2 to 7 %
-    of a training step of a small conv net or transformer, but 16 to 25 % of one of the paper's 20-layer perceptron and
-    56 to 74 % of a wide one's, whose steps have few operations a weight (``benchmarks/gradient_noise.py``). Memory:
+    **Cost.** 4 to 5 ns a coordinate on a CPU, where torch draws numbers on one thread only, and about 0.1 ms: 2 to 6 %
+    of a training step of a small conv net or transformer, but 18 to 22 % of one of the paper's 20-layer perceptron and
+    49 to 83 % of a wide one's, whose steps have few operations a weight (``benchmarks/gradient_noise.py``). Memory:
     4 MB, and for gradients larger than that a float32 copy of one at a time. ``torch.compile`` leaves it out of the
     graph.
 
