@@ -55,7 +55,7 @@ def test_equals_one_process_and_scores_the_same(cluster, source, alone):
     assert skipped == []
     scored = predict(source, model, rows_per_slice=500)
     assert np.array_equal(scored.positions, np.arange(len(LABELS)))
-    assert scored.names == [f"row {i}" for i in range(len(LABELS))]
+    assert scored.row_names == [f"row {i}" for i in range(len(LABELS))]
     assert np.array_equal(scored.given, LABELS)
     proba = alone.predict_proba(DIGITS)
     assert np.array_equal(scored.labels, alone.classes_[proba.argmax(1)])
@@ -114,7 +114,7 @@ def test_images_that_cannot_be_read_are_skipped_and_named(cluster, tmp_path):
     assert model.n_samples_seen_ == 40
     scored = predict(source, model, rows_per_slice=25)
     assert len(scored.positions) == len(scored.labels) == 40
-    assert all(name.endswith(".png") for name in scored.names)
+    assert all(name.endswith(".png") for name in scored.row_names)
     assert len(scored.skipped) == 1
 
 

@@ -59,7 +59,7 @@ def run(
             source = scale.Source(data, split, content, label, rows.backbone_name, device)
             scored = scale.predict(source, model, address=address, progress=report)
             rows.skipped += scored.skipped
-            add(scored.names, scored.labels, scored.probabilities, scored.given)
+            add(scored.row_names, scored.labels, scored.probabilities, scored.given)
         else:
             for part in rows.chunks(256, report):
                 proba = model.predict_proba(part.X)

@@ -76,7 +76,7 @@ class Scored:
     Attributes
     ----------
     positions : ndarray of int64, which rows
-    names : list of str, the file of an image, else "row 17"
+    row_names : list of str, the file of an image, else "row 17"
     labels : ndarray, of the highest probability
     probabilities : ndarray of float, of that label
     given : ndarray of the labels that the data set has, or None
@@ -84,7 +84,7 @@ class Scored:
     """
 
     positions: np.ndarray
-    names: list[str]
+    row_names: list[str]
     labels: np.ndarray
     probabilities: np.ndarray
     given: np.ndarray | None

@@ -109,9 +109,9 @@ def tract_weight_gradient(x: Tensor, G: Tensor, lambda_: float = 0.1) -> Tensor:
     Raises
     ------
     TypeError
-        If x is complex, or lambda_ no number.
+        If x is complex, or ``lambda_`` is no number.
     ValueError
-        If shapes do not fit, or lambda_ is not > 0.
+        If shapes do not fit, or ``lambda_`` is not > 0.
 
     Examples
     --------
@@ -411,7 +411,7 @@ def tract_(module: Module, lambda_: float = 0.1, name: str | None = None) -> Mod
     Raises
     ------
     ValueError
-        If lambda_ is not a finite number > 0; there is no Linear or Conv2d; another kind of layer comes first
+        If ``lambda_`` is not a finite number > 0; there is no Linear or Conv2d; another kind of layer comes first
         (Conv1d, Embedding, ...) and no name is given; there is no layer `name`; or the layer trains by TrAct already,
         has a parametrization (register it afterwards), or is not initialised yet. The model is then as it was.
     TypeError

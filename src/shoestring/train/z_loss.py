@@ -58,7 +58,7 @@ The gradient of the general (a, b) form was derived again, here autograd takes i
 * The official code sums the loss over the batch; here ``reduction`` is "mean" by default: multiply lr by m to compare.
 * The official op adds eps = 1e-12 to sigma and takes the square root of a difference as it is. Here sigma^2 below the
   rounding error of its terms is 0. `z_loss` on dense scores takes mean and variance in two passes, since in float32
-  q / D - mu^2 is noise where |mu| >> sigma; in the layer both are float64.
+  q / D - mu^2 is noise where abs(mu) >> sigma; in the layer both are float64.
 * Official: everything in one dtype, U^{-1} by Woodbury "diverges" (their comment) and is recomputed at stabilisation;
   weight decay forgets Q and w_bar; a step that makes U singular is not caught. Here: d x d state is float64 also for a
   float32 V, so that no periodic O(D d^2) refresh is needed; weight decay scales all of W, Q, w_bar; a U whose norm says
@@ -114,7 +114,7 @@ def z_loss_from_stats(
 
     Parameters
     ----------
-    o_target, s, q : tensors whose shapes broadcast, float64 if |mu| >> sigma is possible
+    o_target, s, q : tensors whose shapes broadcast, float64 if abs(mu) >> sigma is possible
     num_classes : int, D
     a, b, eps : float; the official defaults. eps is added to sigma.
 
