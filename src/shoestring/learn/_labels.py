@@ -46,6 +46,33 @@ def check_labels(y: Any, known: np.ndarray | None = None) -> np.ndarray:
     return y
 
 
+def check_announced(y: Any, classes: Any) -> None:
+    """Raise unless `classes`, where ``partial_fit`` is given any, holds all of y."""
+    if classes is None:
+        return
+    unannounced = np.setdiff1d(check_labels(y), check_labels(classes))
+    if len(unannounced):
+        raise ValueError(f"y holds {unannounced[0].item()!r}, which is not in classes")
+
+
+def check_seen(y: np.ndarray, labels: np.ndarray) -> None:
+    """Raise unless every label of rows that are to be forgotten is among those seen."""
+    unknown = np.setdiff1d(y, labels)
+    if len(unknown):
+        raise ValueError(f"cannot forget rows of {unknown[0].item()!r}: no row of that class was seen")
+
+
+def union(labels: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Labels, then those of y that are not among them."""
+    return np.concatenate([labels, np.setdiff1d(y, labels)])
+
+
+def ids_of(labels: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Position in `labels` (any order) of each of y."""
+    order = np.argsort(labels)
+    return order[np.searchsorted(labels, y, sorter=order)]
+
+
 _NAMES = {"i": "integers", "U": "strings", "b": "booleans"}
 
 

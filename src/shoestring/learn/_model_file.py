@@ -38,10 +38,8 @@ def write(
         save_file(whole, temporary, metadata={"shoestring": json.dumps(meta, default=_plain)})
 
 
-def read(
-    path: str | os.PathLike[str], *, format: str, version: int, tensors: bool = True
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What `write` wrote: the description, and the tensors unless they are not wanted.
+def read(path: str | os.PathLike[str], *, format: str, version: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `write` wrote: the description, and the tensors.
 
     Raises
     ------
@@ -54,7 +52,7 @@ def read(
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("shoestring", "{}"))
-            read = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (no dict)
+            read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file (truncated or damaged): {error}") from None
     if meta.get("format") != format:

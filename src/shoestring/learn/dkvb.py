@@ -50,7 +50,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from shoestring._signals import uninterrupted
-from shoestring.learn._labels import check_labels
+from shoestring.learn._labels import check_announced, check_labels, ids_of, union
 from shoestring.learn._model_file import read, restore, write
 
 __all__ = ["DKVBClassifier", "DiscreteKeyValueBottleneck", "nearest_keys", "smoothed_gradient", "update_keys"]
@@ -409,10 +409,7 @@ class DKVBClassifier(ClassifierMixin, BaseEstimator):
 
         `classes`, which scikit-learn's own learners need, is not needed; if given, y must keep to it.
         """
-        if classes is not None:
-            unannounced = np.setdiff1d(check_labels(y), check_labels(classes))
-            if len(unannounced):
-                raise ValueError(f"y holds {unannounced[0].item()!r}, which is not in classes")
+        check_announced(y, classes)
         return self._learn(X, y, first=not hasattr(self, "bottleneck_"))
 
     def decision_function(self, X: ArrayLike) -> np.ndarray:
@@ -508,9 +505,8 @@ class DKVBClassifier(ClassifierMixin, BaseEstimator):
         check_consistent_length(X, y)
         layer = self._with_keys(X) if first else self.bottleneck_
         known = np.empty(0, dtype=y.dtype) if first or not len(self._labels) else self._labels
-        labels = np.concatenate([known, np.setdiff1d(y, known)])
-        order = np.argsort(labels)
-        ids = order[np.searchsorted(labels, y, sorter=order)]
+        labels = union(known, y)
+        ids = ids_of(labels, y)
         counts = np.bincount(ids, minlength=len(labels))
         if not first:
             counts[: len(known)] += self._counts

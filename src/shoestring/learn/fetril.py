@@ -40,7 +40,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from shoestring.learn._labels import check_labels
+from shoestring.learn._labels import check_announced, check_labels
 from shoestring.learn._model_file import read, restore, write
 from shoestring.learn._prototypes import add_sums, class_sums, unit
 
@@ -205,10 +205,7 @@ class FeTrIL(ClassifierMixin, BaseEstimator):
 
         `classes`, which scikit-learn's own learners need, is not needed; if given, y must keep to it.
         """
-        if classes is not None:
-            unannounced = np.setdiff1d(check_labels(y), check_labels(classes))
-            if len(unannounced):
-                raise ValueError(f"y holds {unannounced[0].item()!r}, which is not in classes")
+        check_announced(y, classes)
         return self._learn(X, y, first=not hasattr(self, "sums_"))
 
     def decision_function(self, X: ArrayLike) -> np.ndarray:

@@ -63,7 +63,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from shoestring.learn._analytic_head import AnalyticHead
 from shoestring.learn._buffers import random_projection, rbf_buffer, relu_buffer
-from shoestring.learn._labels import check_labels
+from shoestring.learn._labels import check_announced, check_labels, check_seen, ids_of, union
 from shoestring.learn._model_file import read, restore, write
 from shoestring.learn._ridge import choose_gamma, recursive_update, solve_ridge
 
@@ -73,7 +73,6 @@ __all__ = [
     "choose_gamma",
     "random_projection",
     "rbf_buffer",
-    "read_metadata",
     "recursive_update",
     "relu_buffer",
     "solve_ridge",
@@ -210,10 +209,7 @@ class GACIL(ClassifierMixin, BaseEstimator):
         Parameters are those of `fit`. `classes`, which scikit-learn's own learners need, is not needed; if given, y
         must keep to it. A call that raises leaves the model as it was.
         """
-        if classes is not None:
-            unannounced = np.setdiff1d(check_labels(y), check_labels(classes))
-            if len(unannounced):
-                raise ValueError(f"y holds {unannounced[0].item()!r}, which is not in classes")
+        check_announced(y, classes)
         self._learn(X, y, sample_weight, first=not self.__sklearn_is_fitted__())
         return self
 
@@ -234,8 +230,8 @@ class GACIL(ClassifierMixin, BaseEstimator):
                 f"other was fitted on {other.n_features_in_} features, this model on {self.n_features_in_}"
             )
         theirs = check_labels(other._labels, self._labels) if len(other._labels) else other._labels
-        labels = _union(self._labels, theirs)
-        self.head_.merge(other.head_, torch.as_tensor(_ids(labels, theirs)))
+        labels = union(self._labels, theirs)
+        self.head_.merge(other.head_, torch.as_tensor(ids_of(labels, theirs)))
         self._set_labels(labels)
         return self
 
@@ -258,10 +254,8 @@ class GACIL(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X, y, weight = self._check_rows(X, y, sample_weight, first=False)
-        unknown = np.setdiff1d(y, self._labels)
-        if len(unknown):
-            raise ValueError(f"cannot forget rows of {unknown[0].item()!r}: no row of that class was seen")
-        self.head_.downdate(_tensor(X), torch.as_tensor(_ids(self._labels, y)), weight)
+        check_seen(y, self._labels)
+        self.head_.downdate(_tensor(X), torch.as_tensor(ids_of(self._labels, y)), weight)
         self._keep(self.head_.rows.cpu().numpy() > 0)
         return self
 
@@ -366,8 +360,8 @@ class GACIL(ClassifierMixin, BaseEstimator):
     def _learn(self, X: Any, y: Any, sample_weight: Any, first: bool) -> None:
         X, y, weight = self._check_rows(X, y, sample_weight, first)
         head = self._new_head(X.shape[1], X) if first else self.head_
-        labels = _union(np.empty(0, y.dtype) if first else self._labels, y)
-        head.learn_checked(_tensor(X), torch.as_tensor(_ids(labels, y)), weight)
+        labels = union(np.empty(0, y.dtype) if first else self._labels, y)
+        head.learn_checked(_tensor(X), torch.as_tensor(ids_of(labels, y)), weight)
         self.head_ = head
         self._set_labels(labels)
 
@@ -439,30 +433,8 @@ class GACIL(ClassifierMixin, BaseEstimator):
         return hasattr(self, "head_")
 
 
-def _union(labels: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Labels, then those of y that are not among them."""
-    return np.concatenate([labels, np.setdiff1d(y, labels)])
-
-
-def _ids(labels: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Position in `labels` (any order) of each of y."""
-    order = np.argsort(labels)
-    return order[np.searchsorted(labels, y, sorter=order)]
-
-
 def _tensor(X: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(X if X.flags.writeable else X.copy())  # torch has no read-only tensors
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a saved model says of itself, without its tensors: parameters, classes, and `extra` as given to `save`.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As `GACIL.load`.
-    """
-    return read(path, format=FORMAT, version=VERSION, tensors=False)[0]
 
 
 def _pack(G: torch.Tensor) -> torch.Tensor:

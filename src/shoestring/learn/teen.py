@@ -43,7 +43,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from shoestring.learn._labels import check_labels
+from shoestring.learn._labels import check_announced, check_labels, check_seen
 from shoestring.learn._model_file import read, restore, write
 from shoestring.learn._prototypes import Array, add_sums, class_sums, unit
 
@@ -175,10 +175,7 @@ class TEEN(ClassifierMixin, BaseEstimator):
 
         `classes`, which scikit-learn's own learners need, is not needed; if given, y must keep to it.
         """
-        if classes is not None:
-            unannounced = np.setdiff1d(check_labels(y), check_labels(classes))
-            if len(unannounced):
-                raise ValueError(f"y holds {unannounced[0].item()!r}, which is not in classes")
+        check_announced(y, classes)
         return self._learn(X, y, first=not hasattr(self, "sums_"))
 
     def forget(self, X: ArrayLike, y: ArrayLike) -> TEEN:
@@ -193,9 +190,7 @@ class TEEN(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X, y = self._check_rows(X, y, first=False)
-        unknown = np.setdiff1d(y, self.classes_)
-        if len(unknown):
-            raise ValueError(f"cannot forget rows of {unknown[0].item()!r}: no row of that class was seen")
+        check_seen(y, self.classes_)
         sums, counts = class_sums(X, y, self.classes_)
         left = self.class_count_ - counts
         if (left < 0).any():
