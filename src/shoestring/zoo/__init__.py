@@ -54,6 +54,7 @@ _PARTS: dict[str, dict[str, tuple[str, str]]] = {
         "model": ("transformers:GPT2LMHeadModel", ""),
         "codebook": ("shoestring.zoo._codebook:PatchCodebook", "codebook"),
     },
+    "tiny-resnet": {"model": ("transformers:ResNetForImageClassification", "")},
     "judge-fashion": {"model": ("transformers:ResNetForImageClassification", "")},
     "judge-garment": {"model": ("transformers:ResNetForImageClassification", "")},
     "judge-colour": {"model": ("transformers:ResNetForImageClassification", "")},
