@@ -519,6 +519,43 @@ def test_save_and_load_go_on_bit_for_bit(options, tmp_path):
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
+def test_more_classes_than_width_are_scored_without_their_weights():
+    """Rows are solved for until as many were asked as there are classes; then W is, and nothing changes."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((300, 20)), np.arange(300) % 60
+    learner = GACIL(n_components=30, gamma=0.5).fit(X, y)
+    B, Y = buffered(X, 30), np.eye(60)[y]
+    W = joint_weights(X, y, gamma=0.5, n_components=30)
+    for first, last, solved in ((0, 30, False), (30, 59, False), (59, 300, True), (0, 300, True)):
+        scores = learner.decision_function(X[first:last])
+        assert ("weight" in learner.head_._solved) is solved
+        assert gap(scores, B[first:last] @ W.T) < 1e-9
+    hat = B @ np.linalg.solve(B.T @ B + 0.5 * np.eye(30), B.T)
+    variance = np.sum((Y - hat @ Y) ** 2) / (60 * (300 - np.trace(hat)))
+    assert learner.head_.noise_variance == pytest.approx(variance, rel=1e-9)
+    fresh = GACIL(n_components=30, gamma=0.5).fit(X, y)
+    assert fresh.head_.noise_variance == pytest.approx(variance, rel=1e-9)  # without W
+    assert "weight" not in fresh.head_._solved
+    fresh.partial_fit(X[:5], y[:5] + 1)
+    again = GACIL(n_components=30, gamma=0.5).fit(np.r_[X, X[:5]], np.r_[y, y[:5] + 1])
+    assert gap(fresh.decision_function(X), again.decision_function(X)) < 1e-9
+
+
+@pytest.mark.parametrize("gamma", [1.0, "gcv"])
+def test_what_was_settled_is_saved_until_a_row_is_added(gamma, tmp_path, monkeypatch):
+    learner = model(n_components=70, gamma=gamma).fit(DIGITS[:800], LABELS[:800]).settle()
+    learner.save(tmp_path / "m.safetensors")
+    loaded = GACIL.load(tmp_path / "m.safetensors")
+    with monkeypatch.context() as without:
+        without.setattr("shoestring.learn._analytic_head.residuals", None)
+        without.setattr("shoestring.learn._analytic_head.choose_gamma", None)
+        np.testing.assert_array_equal(loaded.predict_proba(DIGITS), learner.predict_proba(DIGITS))
+    for m in (loaded, learner):
+        m.partial_fit(DIGITS[800:], LABELS[800:])
+    joint = model(n_components=70, gamma=gamma).fit(DIGITS, LABELS)
+    np.testing.assert_allclose(loaded.predict_proba(DIGITS), joint.predict_proba(DIGITS), rtol=0, atol=1e-9)
+
+
 def test_gathered_rows_never_leave_in_a_pickle_or_copy():
     import copy
     import pickle

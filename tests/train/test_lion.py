@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shoestring.train import lion
 from shoestring.train.lion import Lion, lion_step_, lion_update
 
-PATHS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "default": {}}
+PATHS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "default": {}, "fused": {"fused": True}}
 SHAPES = ((7, 5), (11,), (), (0, 3), (1,), (2, 3, 4))
 every_path = pytest.mark.parametrize("path", PATHS)
 
@@ -419,13 +419,29 @@ def test_bad_settings_of_a_group(group, error, message):
 # ---- fused
 
 
-def test_fused_without_a_compiler_warns_once_and_goes_on(monkeypatch):
+NO_NATIVE: dict[torch.dtype, str] = {}  # so that torch.compile does it
+
+
+@pytest.fixture
+def fresh_kernels():
+    lion._kernel.cache_clear()
+    lion._compiled_step.cache_clear()
+    yield
+    lion._kernel.cache_clear()
+    lion._compiled_step.cache_clear()
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["loop", "torch.compile"])
+def test_fused_without_a_compiler_warns_once_and_goes_on(monkeypatch, fresh_kernels, native):
     def no_compiler(*args, **kwargs):
         raise OSError("no compiler")
 
-    monkeypatch.setattr(lion, "SMALL", 2048)
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: no_compiler)
-    lion._compiled_step.cache_clear()
+    if native:
+        monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", no_compiler)
+    else:
+        monkeypatch.setattr(lion, "NATIVE", NO_NATIVE)
+        monkeypatch.setattr(lion, "SMALL", 2048)
+        monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: no_compiler)
     fused, plain = parameters(shapes=((64, 64), (3,))), parameters(shapes=((64, 64), (3,)))
     optimizer = Lion(fused, 0.01, fused=True)
     with pytest.warns(UserWarning, match="goes on unfused.*no compiler"):
@@ -433,14 +449,72 @@ def test_fused_without_a_compiler_warns_once_and_goes_on(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         walk(optimizer, fused, 4, first=1)
-    lion._compiled_step.cache_clear()
     walk(Lion(plain, 0.01, foreach=False), plain, 5)
     for p, q in zip(fused, plain, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
+def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch, fresh_kernels):
+    monkeypatch.setattr(lion, "KERNEL", lion.KERNEL.replace("+ (c - c)", ""))  # hides NaN
+    (p,) = parameters(torch.float32, shapes=((3,),))
+    with pytest.warns(UserWarning, match="goes on unfused.*wrong result"):
+        walk(Lion([p], fused=True), [p], 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_is_the_update_rule_bit_for_bit(monkeypatch, dtype, threads):
+    """Shapes of all kinds shared among threads, a rate that changes, NaN, infinity, `maximize`."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(lion, "GRAIN", 8)
+    monkeypatch.setattr(lion, "lion_step_", None)  # nothing goes that way
+    shapes = [(50 + i, 6) for i in range(9)] + [(1,), (3,), (), (0, 2), (257,), (2, 3, 4)]
+    fused, plain = parameters(dtype, shapes), parameters(dtype, shapes)
+    for maximize in (False, True):
+        a = Lion(fused, 0.01, weight_decay=0.1, maximize=maximize, fused=True)
+        b = Lion(plain, 0.01, weight_decay=0.1, maximize=maximize, foreach=False)
+        for step in range(4):
+            for optimizer, params in ((a, fused), (b, plain)):
+                optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+                give_gradients(params, step)
+                params[4].grad[1, 2], params[5].grad[0, 0] = torch.nan, -torch.inf
+                params[6].grad[3] = 0.0
+                optimizer.step()
+        for p, q in zip(fused, plain, strict=True):
+            assert torch.equal(p.nan_to_num(123.0), q.nan_to_num(123.0))
+            assert torch.equal(a.state[p]["exp_avg"].nan_to_num(), b.state[q]["exp_avg"].nan_to_num())
+    assert sum(int(p.isnan().sum()) for p in fused) == 2
+
+
+def test_what_the_kernel_cannot_walk_through_goes_the_other_way():
+    """Parameters, gradients and momenta that are not contiguous; a momentum of another shape is refused."""
+    fused, plain = parameters(shapes=((7, 5), (4, 6), (3, 9))), parameters(shapes=((7, 5), (4, 6), (3, 9)))
+    fused[0] = nn.Parameter(fused[0].detach().T.contiguous().T)
+    a, b = Lion(fused, 0.01, fused=True), Lion(plain, 0.01, foreach=False)
+    a.state[fused[2]]["exp_avg"] = torch.zeros(9, 3, dtype=torch.float64).T
+    for step in range(3):
+        for optimizer, params in ((a, fused), (b, plain)):
+            give_gradients(params, step)
+            fused[1].grad = fused[1].grad.T.contiguous().T if fused[1].grad is not None else None
+            optimizer.step()
+    for p, q in zip(fused, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    a.state[fused[0]]["exp_avg"] = a.state[fused[1]]["exp_avg"] = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="size"):
+        a.step()
+
+
+def test_autograd_sees_that_the_kernel_changed_a_parameter():
+    (p,) = parameters(shapes=((4,),))
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    Lion([p], fused=True).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.slow
-def test_fused_equals_plain_and_compiles_once(monkeypatch):
+def test_compiled_bundles_equal_plain_and_compile_once(monkeypatch, fresh_kernels):
     """Tensors of many shapes in several bundles, a rate that changes, NaN, and `maximize`: one compilation."""
     from torch._dynamo.utils import counters
 
@@ -448,9 +522,9 @@ def test_fused_equals_plain_and_compiles_once(monkeypatch):
     fused, plain = parameters(torch.float32, shapes), parameters(torch.float32, shapes)
     for params in (fused, plain):
         params[-1] = nn.Parameter(params[-1].detach().T)  # not contiguous
+    monkeypatch.setattr(lion, "NATIVE", NO_NATIVE)
     monkeypatch.setattr(lion, "BUNDLE", 4)  # a short compilation
     monkeypatch.setattr(lion, "SMALL", 2048)
-    lion._compiled_step.cache_clear()
     torch._dynamo.reset()
     counters.clear()
     for maximize in (False, True):
@@ -462,7 +536,6 @@ def test_fused_equals_plain_and_compiles_once(monkeypatch):
                 give_gradients(params, step)
                 params[4].grad[1, 2] = torch.nan
                 optimizer.step()
-    lion._compiled_step.cache_clear()
     assert counters["stats"]["unique_graphs"] == 1
     for p, q in zip(fused, plain, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6, equal_nan=True)

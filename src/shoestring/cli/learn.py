@@ -234,7 +234,9 @@ def _teach(state: State, job: Job, rows: _rows.Rows, tally: Tally, save_every: f
             f"warning: {changed:,} chunks learnt before are not in {job.data} any more: its rows have changed",
             err=True,
         )
-    save()
+    with uninterrupted():
+        _settle(model)
+        save()
     tally.retrying = False
 
 
@@ -277,10 +279,17 @@ def _teach_on_ray(
     state.ledger.end(job, met, total)
     state.note(f"learnt {job.data} ({job.split}) on Ray", rows=len(wanted), skipped=len(rows.skipped))
     with uninterrupted():
+        _settle(state.model)
         path = commit(state)
         tally.saved()
     tally.retrying = False
     typer.echo(f"saved {len(wanted):,} rows: {path}", err=True)
+
+
+def _settle(model: Any) -> None:
+    """What every prediction would have to compute first, computed once."""
+    if hasattr(model, "settle"):
+        model.settle()
 
 
 def _gamma(text: str | None) -> float | str | None:

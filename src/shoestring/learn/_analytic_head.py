@@ -13,12 +13,12 @@ from shoestring.learn._buffers import random_projection, rbf_buffer, relu_buffer
 from shoestring.learn._ridge import (
     RecursiveRidge,
     RidgeSums,
+    cholesky,
     choose_gamma,
-    degrees_of_freedom,
     fit_buffers,
     in_dtype,
     moving,
-    residual_sum_of_squares,
+    residuals,
     solve_ridge,
 )
 
@@ -106,18 +106,20 @@ class AnalyticHead(nn.Module):
         self.register_buffer("rows", torch.zeros(0, dtype=torch.int64, device=device))  # of each class
         self.register_buffer("weights", torch.zeros(0, dtype=torch.float64, device=device))
         self.register_buffer("total", torch.zeros(2, dtype=torch.float64, device=device))  # rows, weight
-        self._solved: dict[str, Any] = {}
+        self._solved: dict[str, Any] = {}  # what follows from the sums, until they change
 
     # ---- use
 
     def forward(self, features: Tensor) -> Tensor:
         """Scores (N, c) of features (N, e), in their dtype; solves first if rows have come since the last solve."""
         E = features.to(self.dtype)
-        scores = self.expand(E) @ self.weight.T.to(self.dtype)
+        scores = self._first_stream(self.expand(E))
         if self.second is not None:
             assert self.compensation is not None
             scores = scores + self.compensation * (self._tanh(E) @ self._second_weight().T.to(self.dtype))
-        scores = scores.masked_fill(self.rows == 0, -torch.inf)
+        unseen = self.rows == 0
+        if unseen.any():
+            scores = scores.masked_fill(unseen, -torch.inf)
         return scores.to(features.dtype) if features.is_floating_point() else scores
 
     def expand(self, E: Tensor) -> Tensor:
@@ -136,12 +138,23 @@ class AnalyticHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W' (c, M), as ``nn.Linear`` has it: of one joint ridge fit on all rows seen. Float64 with solver="gram"."""
-        return self._solve()["weight"]
+        if "weight" not in self._solved:
+            if isinstance(self.ridge, RecursiveRidge):
+                self._solved["weight"] = self.ridge.W.T
+            else:
+                self._solved["weight"] = solve_ridge(*self._sums(self.gamma), self.gamma_)
+                self._solved.pop("factor", None)
+        return self._solved["weight"]
 
     @property
     def gamma_(self) -> float:
         """The ridge in use: gamma, or what generalised cross-validation chose."""
-        return self._solve()["gamma"]
+        if self.gamma != "gcv":
+            return self.gamma
+        if "gamma" not in self._solved:
+            G, Q = self._sums(self.gamma)
+            self._solved["gamma"] = choose_gamma(G, Q, self.weights.sum().item(), self.total[1].item())
+        return self._solved["gamma"]
 
     @property
     def noise_variance(self) -> float:
@@ -150,12 +163,13 @@ class AnalyticHead(nn.Module):
         The ridge fit is the mean of a Gaussian model with this variance, under which
         ``p(k | x) is proportional to exp(-||onehot_k - f(x)||^2 / 2 sigma^2)``, that is softmax(f(x) / sigma^2).
         """
-        if "variance" not in self._solve():
+        if "variance" not in self._solved:
             gamma, n = self.gamma_, self.total[1].item()
             G, Q = self._sums(gamma)
-            rss = residual_sum_of_squares(self.weight.double(), Q, self.weights.sum().item(), gamma)
+            W = None if self._rows_are_cheaper() else self.weight.double()
+            rss, used = residuals(G, Q, self.weights.sum().item(), gamma, W)
             classes = int((self.rows > 0).sum())
-            free = max(n - degrees_of_freedom(G, gamma), 1e-6 * n)
+            free = max(n - used, 1e-6 * n)
             self._solved["variance"] = max(rss / (classes * free), 1e-6)
         return self._solved["variance"]
 
@@ -307,28 +321,34 @@ class AnalyticHead(nn.Module):
             return self.ridge.flush(), self.ridge.Q[: self.n_classes]
         return self.ridge.sums(float(gamma))
 
-    @torch.no_grad()
-    def _solve(self) -> dict[str, Any]:
-        """What follows from the sums, until they change."""
-        if not self._solved:
-            solved: dict[str, Any] = {"gamma": self.gamma}
-            if isinstance(self.ridge, RecursiveRidge):
-                solved["weight"] = self.ridge.W.T
-            else:
-                G, Q = self._sums(self.gamma)
-                if self.gamma == "gcv":
-                    solved["gamma"] = choose_gamma(G, Q, self.weights.sum().item(), self.total[1].item())
-                solved["weight"] = solve_ridge(G, Q, solved["gamma"])
-            self._solved = solved
-        return self._solved
+    def _first_stream(self, X: Tensor) -> Tensor:
+        """X W' (N, c) of buffered rows X (N, M)."""
+        if not self._rows_are_cheaper(len(X)):
+            return X @ self.weight.T.to(self.dtype)
+        G, Q = self._sums(self.gamma)
+        if "factor" not in self._solved:
+            self._solved["factor"] = cholesky(G, self.gamma_)
+        return torch.cholesky_solve(X.T, self._solved["factor"]).T @ Q.T  # X (G + gamma I)^-1 Q'
+
+    def _rows_are_cheaper(self, n: int = 0) -> bool:
+        """Whether to leave W unsolved: 2 M^2 flops a row asked instead of 2 M^2 a class, until rows outnumber classes.
+
+        With no more classes than M, W costs no more than other things that are done once. In float32, X G^-1 and Q are
+        larger than X and W, and their product would lose more digits.
+        """
+        if not isinstance(self.ridge, RidgeSums) or self.dtype != torch.float64 or "weight" in self._solved:
+            return False
+        if self.n_classes <= self.ridge.Q.shape[1]:
+            return False
+        self._solved["asked"] = self._solved.get("asked", 0) + n
+        return self._solved["asked"] < self.n_classes
 
     @torch.no_grad()
     def _second_weight(self) -> Tensor:
-        solved = self._solve()
-        if "second" not in solved:
+        if "second" not in self._solved:
             assert self.second is not None
-            solved["second"] = solve_ridge(self.second.flush(), self.second.Q[: self.n_classes], solved["gamma"])
-        return solved["second"]
+            self._solved["second"] = solve_ridge(self.second.flush(), self.second.Q[: self.n_classes], self.gamma_)
+        return self._solved["second"]
 
     def _here(self, E: Tensor, ids: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         device = self.total.device

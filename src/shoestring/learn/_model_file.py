@@ -18,10 +18,12 @@ from shoestring._files import atomic_path
 def write(
     path: str | os.PathLike[str], model: Any, labels: np.ndarray, tensors: dict[str, torch.Tensor], *,
     format: str, version: int, params: dict[str, Any], extra: dict[str, Any] | None,
+    solved: dict[str, float] | None = None,
 ) -> None:  # fmt: skip
     """Write a fitted learner, atomically.
 
-    labels : its classes, in the order in which `tensors` count them; extra : plain data that `read` gives back
+    labels : its classes, in the order in which `tensors` count them; extra : plain data that `read` gives back;
+    solved : what follows from the tensors but takes its time
     """
     meta = {
         "format": format,
@@ -32,6 +34,7 @@ def write(
         "n_features": model.n_features_in_,
         "feature_names": getattr(model, "feature_names_in_", np.empty(0)).tolist() or None,
         "extra": extra or {},
+        "solved": solved or {},
     }
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(Path(path)) as temporary:

@@ -282,17 +282,30 @@ class GACIL(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: ArrayLike) -> np.ndarray:
         """Labels (n_samples,) of the highest score among the classes seen."""
-        scores = self._scores(X)
-        return self.classes_[scores.argmax(1)]
+        best = torch.from_numpy(self._scores(X)).argmax(1)  # the first of equals, as NumPy's, and sooner
+        return self.classes_[best.numpy()]
 
     def predict_proba(self, X: ArrayLike) -> np.ndarray:
         """Probabilities (n_samples, n_classes): softmax(scores / sigma^2), sigma^2 = `head_.noise_variance`.
 
         The posterior of the class under the Gaussian model of which the ridge fit is the mean. (Not in the paper.)
         """
-        logits = self._scores(X) / self.head_.noise_variance
-        logits = np.exp(logits - logits.max(1, keepdims=True))
-        return logits / logits.sum(1, keepdims=True)
+        logits = self._scores(X)
+        logits /= self.head_.noise_variance
+        logits -= logits.max(1, keepdims=True)
+        proba = np.exp(logits, out=logits)
+        proba /= proba.sum(1, keepdims=True)
+        return proba
+
+    def settle(self) -> GACIL:
+        """Compute now what the first `predict_proba` would have to; `save` keeps it, as long as no row is added.
+
+        That is sigma^2, and gamma if it is to be chosen: about M^3 flops, and at most c M^2 for c classes.
+        """
+        check_is_fitted(self)
+        if len(self._labels):
+            self.head_.noise_variance  # noqa: B018 (a property, remembered)
+        return self
 
     @property
     def coef_(self) -> np.ndarray:
@@ -328,7 +341,10 @@ class GACIL(ClassifierMixin, BaseEstimator):
                 tensors[name] = _pack(tensors[name])
             elif name.endswith(".Q"):
                 tensors[name] = tensors[name][: self.head_.n_classes]
-        write(path, self, self._labels, tensors, format=FORMAT, version=VERSION, params=params, extra=extra)
+        solved = {name: value for name, value in self.head_._solved.items() if name in ("gamma", "variance")}
+        write(
+            path, self, self._labels, tensors, format=FORMAT, version=VERSION, params=params, extra=extra, solved=solved
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> GACIL:
@@ -350,6 +366,7 @@ class GACIL(ClassifierMixin, BaseEstimator):
             model.head_.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{path}: the tensors do not fit the model described in the file: {error}") from None
+        model.head_._solved.update(meta.get("solved", {}))
         if model.head_.n_classes != len(meta["classes"]):
             raise ValueError(f"{path}: holds {model.head_.n_classes} columns for {len(meta['classes'])} classes")
         model._set_labels(restore(model, meta))
@@ -416,7 +433,8 @@ class GACIL(ClassifierMixin, BaseEstimator):
                 self.head_(_tensor(X[start : start + PREDICT_BLOCK]).to(self.head_.total.device, self.head_.dtype))
                 for start in range(0, len(X), PREDICT_BLOCK)
             ]
-        return torch.cat(blocks).cpu().numpy()[:, self._order]
+        scores = (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).cpu().numpy()
+        return np.take(scores, self._order, axis=1)  # a copy, row by row in memory
 
     def _set_labels(self, labels: np.ndarray) -> None:
         """Labels in order of appearance (column order of the head), and the order that sorts them."""

@@ -197,9 +197,14 @@ def _slabs(shapes: Sequence[torch.Size], device: torch.device) -> list[Slab]:
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Of those that are trained, as real tensors that share their memory."""
     grads = []
-    for p in with_gradient((p for p in parameters if p.requires_grad), "GradientNoise"):
+    for p in parameters:
         g: Any = p.grad
-        g = g.to_local() if hasattr(g, "to_local") else g  # a DTensor: the shard of this process
+        if g is None or not p.requires_grad:
+            continue
+        if g.layout is not torch.strided:
+            with_gradient([p], "GradientNoise")  # raises
+        if type(g) is not Tensor and hasattr(g, "to_local"):
+            g = g.to_local()  # a DTensor: the shard of this process
         grads.append(torch.view_as_real(g) if g.is_complex() else g)
     return grads
 
@@ -375,10 +380,10 @@ class GradientNoise:
             return
         if scale is not None:
             sigma *= float(scale)
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.params is not None:
             chosen = {id(p) for p in self.params}
-            parameters = (p for p in parameters if id(p) in chosen)
+            parameters = [p for p in parameters if id(p) in chosen]
         grads = _gradients(parameters)
         if sigma > 0:
             devices = {g.device: None for g in grads}  # in order

@@ -46,14 +46,18 @@ by the initial lr) is another convention and not taken over. States are exchange
 
 Cost
 ----
-Bytes moved a parameter in float32: at least 20 (read p, g, m; write p, m), where AdamW has 28. `fused` moves those 20.
-By default, on the CPU, 5 or 6 operations run over blocks that stay in the cache, and for memory it is one pass too; on
-a GPU they run over all parameters at once, as torch's foreach optimizers do, and c takes as much memory as they.
+Bytes moved a parameter in float32: at least 20 (read p, g, m; write p, m), where AdamW has 28. `fused` moves those 20,
+on the CPU in one call for any number of tensors: a C++ loop (`KERNEL`), since Inductor makes a kernel and its checks of
+every tensor, and with a thousand small ones those took longer than the arithmetic. By default, on the CPU, 5 or 6
+operations run over blocks that stay in the cache, and for memory it is one pass too; on a GPU they run over all
+parameters at once, as torch's foreach optimizers do, and c takes as much memory as they.
 """
 
 from __future__ import annotations
 
+import ctypes
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, cast
@@ -69,6 +73,9 @@ __all__ = ["Lion", "lion_step_", "lion_update"]
 BLOCK = 2**17  # numbers a thread takes at a time: p, g, m and c in float32 are 2 MB
 BUNDLE = 16  # tensors to a call of the compiled step; one more makes compiling a second longer
 SMALL = 2**14  # tensors smaller than this are not worth their share of such a call
+GRAIN = 2**15  # numbers that are worth another thread of the kernel
+
+NATIVE = {torch.float32: "lion_float", torch.float64: "lion_double"}  # functions of the kernel
 
 PLAIN = (Tensor, torch.nn.Parameter)  # and not, for instance, DTensor
 
@@ -214,10 +221,11 @@ class Lion(Optimizer):
     foreach : bool, optional
         True, the default: `lion_step_`. False: one tensor after the other, `lion_update` written out; slower.
     fused : bool, optional
-        `lion_update` through ``torch.compile``, one pass over memory, for contiguous tensors; the others, those under
-        16,384 numbers and `caution` go the way of `foreach`. Compiled at the first step, once for a dtype and a number
-        of threads, whatever shapes and learning rates follow: 15 to 25 s on 2 cores, 5 s when Inductor finds it in
-        its cache on disk. Worth it for long runs. Without a working compiler: a warning, and as `foreach`.
+        `lion_update` compiled, in one pass over memory, for contiguous tensors; the others and `caution` go the way of
+        `foreach`. On the CPU in float32 and float64 a C++ loop, built by the compiler that ``torch.compile`` found: 1 s
+        at the first step, then kept on disk beside Inductor's. Elsewhere by ``torch.compile`` itself, for tensors of
+        16,384 numbers or more: once for a dtype, whatever shapes and learning rates follow, in 15 to 25 s on 2 cores.
+        Without a working compiler: a warning, and as `foreach`.
     caution : bool, default=False
         Coordinates whose step would go against the gradient rest; see the module.
 
@@ -296,14 +304,14 @@ class Lion(Optimizer):
                 "caution": group["caution"],
             }
             lists: list[Any] = [params, [p.grad for p in params], exp_avgs]
-            if any(p.is_complex() for p in params):
-                lists = [[torch.view_as_real(t) if t.is_complex() else t for t in tensors] for tensors in lists]
             step: Callable[..., None] = lion_step_
             if group["fused"] and not (group["caution"] or torch.compiler.is_compiling()):
                 step = _fused_step_
             elif group["foreach"] is False and not group["fused"]:
                 step = _plain_step_
-            for bucket, _ in self._group_tensors_by_device_and_dtype(lists).values():
+            for (_, dtype), (bucket, _) in self._group_tensors_by_device_and_dtype(lists).items():
+                if dtype is not None and dtype.is_complex:
+                    bucket = [list(map(torch.view_as_real, tensors)) for tensors in cast(list[list[Tensor]], bucket)]
                 step(*cast(list[list[Tensor]], bucket), **options)
         return loss
 
@@ -341,29 +349,142 @@ def _fused_step_(
     maximize: bool,
     caution: bool,
 ) -> None:
-    """`lion_step_` of tensors of one device and dtype, those that are fit for it by the compiled step."""
-    flat: list[tuple[Tensor, ...]] = []
+    """`lion_step_` of tensors of one device and dtype, those that are fit for it by what was compiled."""
+    device, dtype = params[0].device, params[0].dtype
+    native = device.type == "cpu" and dtype in NATIVE
+    fit: list[tuple[Tensor, ...]] = []
     rest: list[tuple[Tensor, ...]] = []
-    for p, g, m in zip(params, grads, exp_avgs, strict=True):
-        if p.numel() >= SMALL and type(p) in PLAIN and p.is_contiguous() and g.is_contiguous() and m.is_contiguous():
-            flat.append((p.detach().view(-1), g.view(-1), m.view(-1)))
-        else:
-            rest.append((p, g, m))
-    compiled: Any = _compiled_step(params[0].device, params[0].dtype, torch.get_num_threads()) if flat else None
-    if compiled is None:
-        flat, rest = [], list(zip(params, grads, exp_avgs, strict=True))
-    else:
-        step, spare = compiled
-        # 0-d tensors, which unlike numbers may change without being compiled again
-        rates = [torch.as_tensor(x, dtype=torch.float64) for x in (lr, weight_decay, *betas, -1 if maximize else 1)]
-        for start in range(0, len(flat), BUNDLE):
-            bundle = flat[start : start + BUNDLE]
-            bundle += spare[len(bundle) :]
-            step(*map(list, zip(*bundle, strict=True)), *rates)
+    for triple in zip(params, grads, exp_avgs, strict=True):
+        p, g, m = triple
+        good = p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and p.shape == m.shape
+        good = good and type(p) in PLAIN and type(g) in PLAIN and (native or p.numel() >= SMALL)
+        (fit if good else rest).append(triple)
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+    if fit:
+        done = _native_step_(*zip(*fit, strict=True), **options) if native else _bundled_step_(fit, **options)
+        if not done:
+            rest = list(zip(params, grads, exp_avgs, strict=True))
     if rest:
-        lion_step_(
-            *zip(*rest, strict=True), lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, caution=caution
-        )
+        lion_step_(*zip(*rest, strict=True), **options, caution=caution)
+
+
+# ---- compiled: on the CPU one loop over all tensors
+
+KERNEL = """
+#pragma GCC optimize("tree-loop-vectorize")  // Inductor turns it off
+#include <algorithm>
+#include <cstdint>
+
+// tensors: count parameters, then as many gradients and momenta; every thread takes the same number of numbers
+template <typename T>
+void lion(T* const* tensors, const int64_t* sizes, int64_t count, int threads, T lr, T decay, T beta1, T rest1, T beta2,
+          T rest2, T sign) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += sizes[i];
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int thread = 0; thread < threads; ++thread) {
+    const int64_t first = total * thread / threads, end = total * (thread + 1) / threads;
+    for (int64_t i = 0, start = 0; i < count && start < end; start += sizes[i++]) {
+      T* p = tensors[i];
+      const T* gradient = tensors[count + i];
+      T* m = tensors[2 * count + i];
+      const int64_t last = std::min(end - start, sizes[i]);
+#pragma omp simd
+      for (int64_t j = std::max<int64_t>(first - start, 0); j < last; ++j) {
+        const T g = sign * gradient[j], c = beta1 * m[j] + rest1 * g;
+        const T update = T(c > 0) - T(c < 0) + (c - c);  // NaN if c is not finite
+        p[j] = decay * p[j] - lr * update;
+        m[j] = beta2 * m[j] + rest2 * g;
+      }
+    }
+  }
+}
+#define EXPORT(T)                                                                                                \
+  extern "C" void lion_##T(T* const* tensors, const int64_t* sizes, int64_t count, int threads, double lr,       \
+                           double decay, double beta1, double rest1, double beta2, double rest2, double sign) {  \
+    lion<T>(tensors, sizes, count, threads, lr, decay, beta1, rest1, beta2, rest2, sign);                        \
+  }
+EXPORT(float)
+EXPORT(double)
+"""
+
+
+def _native_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+    maximize: bool,
+) -> bool:
+    """By the kernel, all tensors in one call; whether there is one."""
+    kernel = _kernel()
+    if kernel is None:
+        return False
+    lr, (beta1, beta2) = float(lr), betas
+    numbers = (lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, -1.0 if maximize else 1.0)
+    _call(kernel, params, grads, exp_avgs, numbers)
+    return True
+
+
+def _call(
+    kernel: ctypes.CDLL,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    numbers: Sequence[float],
+) -> None:
+    tensors = array("Q", [t.data_ptr() for t in (*params, *grads, *exp_avgs)])
+    sizes = array("q", [p.numel() for p in params])
+    threads = max(1, min(torch.get_num_threads(), sum(sizes) // GRAIN))
+    pointers = [ctypes.c_void_p(a.buffer_info()[0]) for a in (tensors, sizes)]
+    call = getattr(kernel, NATIVE[params[0].dtype])
+    call(*pointers, ctypes.c_int64(len(params)), ctypes.c_int(threads), *map(ctypes.c_double, numbers))
+    torch.autograd.graph.increment_version(params)  # so that autograd knows, as of any operation in place
+
+
+@cache
+def _kernel() -> ctypes.CDLL | None:
+    """`KERNEL`, by Inductor's compiler, lock and cache on disk, after a trial; None if something of it fails."""
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        kernel = cast(ctypes.CDLL, CppCodeCache.load(KERNEL))
+        p, g, m = torch.ones(3), torch.tensor([-1.0, 0.0, torch.nan]), torch.zeros(3)
+        _call(kernel, [p], [g], [m], (0.5, 0.75, 0.9, 0.1, 0.5, 0.5, 1.0))
+        if p[:2].tolist() != [1.25, 0.75] or not p[2].isnan() or m[:2].tolist() != [-0.5, 0.0]:
+            raise RuntimeError(f"wrong result {p.tolist()}, {m.tolist()}")
+    except Exception as error:  # whatever a missing or broken compiler raises
+        warnings.warn(f"Lion(fused=True) goes on unfused: its kernel failed ({error!r:.200})", stacklevel=2)
+        return None
+    return kernel
+
+
+# ---- compiled: by torch.compile, in bundles
+
+
+def _bundled_step_(
+    flat: Sequence[tuple[Tensor, ...]],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+    maximize: bool,
+) -> bool:
+    """By the compiled step, `BUNDLE` tensors in a call; whether there is one."""
+    compiled = _compiled_step(flat[0][0].device, flat[0][0].dtype, torch.get_num_threads())
+    if compiled is None:
+        return False
+    step, spare = compiled
+    # 0-d tensors, which unlike numbers may change without being compiled again
+    rates = [torch.as_tensor(x, dtype=torch.float64) for x in (lr, weight_decay, *betas, -1 if maximize else 1)]
+    for start in range(0, len(flat), BUNDLE):
+        bundle = [tuple(t.detach().view(-1) for t in triple) for triple in flat[start : start + BUNDLE]]
+        bundle += spare[len(bundle) :]
+        step(*map(list, zip(*bundle, strict=True)), *rates)
+    return True
 
 
 @cache
