@@ -15,6 +15,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +175,28 @@ def load_from(
         raise ImportError(f"{name} needs {module}: pip install 'shoestring[{extra}]'") from error
     options: dict[str, Any] = {"local_files_only": True}
     if part == "model":
-        options["torch_dtype" if module == "diffusers" else "dtype"] = dtype
-    loaded = loader.from_pretrained(folder / subfolder, **options)
+        options["dtype"] = dtype
+    with _no_bars():
+        loaded = loader.from_pretrained(folder / subfolder, **options)
     if part == "model":
         loaded = loaded.to(device)
         if isinstance(loaded, torch.nn.Module):
             loaded.eval()
     return loaded
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """For loads of a second: the two libraries draw bars even where nobody looks."""
+    libraries = [sys.modules[m] for m in ("transformers.utils.logging", "diffusers.utils.logging") if m in sys.modules]
+    drawn = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in drawn:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in drawn:
+            library.enable_progress_bar()
 
 
 def _check_name(name: str) -> None:

@@ -112,7 +112,8 @@ def _sha256(file: Path) -> str:
 
 def _replace(fresh: Path, out: Path) -> None:
     """Two renames, as no system replaces a full folder in one: in between there is none, never a half."""
-    fresh.chmod(0o755)
+    for file in (fresh, *fresh.rglob("*")):  # mkdtemp and safetensors let only the owner read
+        file.chmod(0o755 if file.is_dir() else 0o644)
     old = fresh.with_name(fresh.name + ".old")
     if out.exists():
         os.replace(out, old)

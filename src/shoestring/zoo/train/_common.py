@@ -60,21 +60,34 @@ class EMA:
 
 
 def noise_loss(
-    unet: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator, **conditions: Any
+    unet: nn.Module,
+    scheduler: Any,
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    gamma: float = math.inf,
+    **conditions: Any,
 ) -> Tensor:
-    """||eps - eps_theta(x_t, t)||^2 / d at a random t for each image (Ho et al. 2020, eq. 14).
+    """mean of w_t ||eps - eps_theta(x_t, t)||^2 / d at a random t for each image, w_t = min(1, gamma / SNR_t).
+
+    Without `gamma` Ho et al. 2020, eq. 14; with it the weights of Hang et al. 2023 (arXiv 2303.09556), under which the
+    noise levels that decide what is in the picture get their share of a short training.
 
     Parameters
     ----------
     unet : UNet2DModel or UNet2DConditionModel
-    scheduler : diffusers scheduler with ``add_noise``
+    scheduler : diffusers scheduler with ``add_noise`` and ``alphas_cumprod``
     images : (B, C, H, W) float in [-1, 1]
     generator : torch.Generator
         On the CPU, so that all devices train on the same noise.
     """
-    t = torch.randint(scheduler.config.num_train_timesteps, (len(images),), generator=generator).to(images.device)
+    t = torch.randint(scheduler.config.num_train_timesteps, (len(images),), generator=generator)
     eps = torch.randn(images.shape, generator=generator).to(images.device)
-    return nn.functional.mse_loss(unet(scheduler.add_noise(images, eps, t), t, **conditions).sample, eps)
+    alpha = scheduler.alphas_cumprod[t]
+    weight = (gamma * (1 - alpha) / alpha).clamp(max=1).to(images.device)
+    t = t.to(images.device)
+    wrong = (unet(scheduler.add_noise(images, eps, t), t, **conditions).sample - eps).square().mean((1, 2, 3))
+    return (weight * wrong).mean()
 
 
 def drop(labels: Tensor, null: int, probability: float, generator: torch.Generator) -> Tensor:
