@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shoestring import zoo
 from shoestring.catalogue import ROOMS, card, list_methods
 from shoestring.claims import Result, measurable, recorded
 
@@ -109,6 +110,25 @@ def speed(name: str) -> str:
         + _table(["what", "ratio", "limit"], rows)
         + (f"\nOver the limit: {'; '.join(missed)}.\n" if missed else "")
     )
+
+
+def models() -> str:
+    """The zoo's cards."""
+    cards = [zoo.card(name) for name in zoo.names()]
+    rows = [
+        [
+            f"`{c['name']}`",
+            c["what"],
+            f"{c['parameters'] / 1e6:.2f} M, {c['bytes'] / 1e6:.1f} MB",
+            f"{c['steps']:,}",
+            f"{c['seconds'] / 60:.0f}",
+            "; ".join(f"{name} {figure:.3g}" for name, figure in c["quality"].items()),
+        ]
+        for c in cards
+    ]
+    header = ["model", "what it is", "size", "steps", "core minutes", "measured"]
+    licences = "".join(f"- `{c['name']}`: {c['data']}. {c['licence']}.\n" for c in cards)
+    return _table(header, rows) + f"\nData and their licences:\n\n{licences}"
 
 
 def features() -> str:

@@ -71,7 +71,7 @@ GENERIC = {  # the general words for each coarse class of world.COARSE, none of 
 }
 OPENINGS = ("", "", "a photo of ", "a picture of ", "this is ")
 SCENES, CAPTIONS_EACH = 30_000, 4
-STEPS, BATCH, RATE = 1800, 96, 1e-3
+STEPS, BATCH, RATE = 1100, 96, 1.5e-3
 CONTEXT = 24
 PAD, START, END = "<pad>", "<s>", "</s>"
 START_ID = 1
@@ -148,7 +148,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, width: int = 128, layers: t
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        encoder, decoder = ViTModel(vit, add_pooling_layer=False), GPT2LMHeadModel(gpt)
+        encoder, decoder = ViTModel(vit), GPT2LMHeadModel(gpt)
         model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     model.config.decoder_start_token_id = START_ID
     model.config.pad_token_id, model.config.eos_token_id = 0, 2
