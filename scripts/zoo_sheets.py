@@ -1,4 +1,4 @@
-"""Write the sample sheets of the zoo into docs/images, for people to look at: python scripts/zoo_sheets.py [NAME ...]"""
+"""Write the sample sheets of the zoo into docs/images, to be looked at: python scripts/zoo_sheets.py [NAME ...]"""
 
 from __future__ import annotations
 

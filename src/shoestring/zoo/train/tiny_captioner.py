@@ -172,7 +172,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
     labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
     answers = torch.from_numpy(np.stack([scenes.garment, scenes.colour, scenes.position])[..., 0].astype(np.int64))
     counts = (len(world.GARMENTS), len(world.COLOURS), len(world.POSITIONS))
-    captioner = new_model(tokenizer, **({"width": 32, "layers": (1, 1)} if smoke else {}))
+    captioner = new_model(tokenizer, width=32 if smoke else 128, layers=(1, 1) if smoke else (4, 3))
     width = captioner.config.encoder.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

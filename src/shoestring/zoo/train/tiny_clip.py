@@ -75,7 +75,7 @@ def make_tokenizer(texts: Iterable[str], merges: int = 500) -> CLIPTokenizer:
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in found), START, END]
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))},
-        merges=found,  # type: ignore[arg-type]
+        merges=found,
         model_max_length=TOKENS,
     )
 

@@ -154,7 +154,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
     found = documents("train")[:: 200 if smoke else 1]
     tokenizer = make_tokenizer((text for _, text in found), 512 if smoke else 3072)
     model = _model(tokenizer, width=64 if smoke else 192, layers=2 if smoke else 5)
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     copies = {source: COPIES.get(source, COPIES["kjv" if is_book(source) else "glosses"]) for source, _ in found}
     windows = _windows([text for source, text in found for _ in range(copies[source])], tokenizer)
     batches = list(windows.split(BATCH))[: 10 if smoke else None]
