@@ -71,7 +71,7 @@ GENERIC = {  # the general words for each coarse class of world.COARSE, none of 
 }
 OPENINGS = ("", "", "a photo of ", "a picture of ", "this is ")
 SCENES, CAPTIONS_EACH = 30_000, 4
-STEPS, BATCH, RATE = 1100, 96, 1.5e-3
+STEPS, BATCH, RATE = 950, 96, 1.5e-3
 CONTEXT = 24
 PAD, START, END = "<pad>", "<s>", "</s>"
 START_ID = 1

@@ -29,7 +29,7 @@ DATA = "fashion (the bundle): 20,000 training images, shifted and mirrored; meas
 LICENCE = "MIT (Fashion-MNIST, Zalando SE)"
 SEED = 2001
 
-STEPS, BATCH, SAVE_EVERY = 4700, 128, 400
+STEPS, BATCH, SAVE_EVERY = 3800, 128, 400
 
 
 def new_model() -> ResNetForImageClassification:

@@ -41,7 +41,7 @@ SEED = 0
 
 CODES, CLASSES = 256, 10
 NULL = CODES + CLASSES
-STEPS, BATCH, RATE = 1000, 64, 2e-3
+STEPS, BATCH, RATE = 900, 64, 2e-3
 SYMMETRIC = (0, 1, 2, 3, 4, 6)  # classes that may be mirrored
 
 
