@@ -254,10 +254,11 @@ def flap_load(folder: str | os.PathLike[str], **options: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or [""])[0]
     pruned = config.model_type.startswith(PREFIX)
-    cls: Any = getattr(transformers, name.removeprefix("Flap") if pruned else name, None)
+    cls = getattr(transformers, name.removeprefix("Flap") if pruned else name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"{folder} must name a model class of transformers, got architectures {config.architectures}")
-    return (pruned_class(cls) if pruned else cls).from_pretrained(folder, **options)
+    found: Any = pruned_class(cls) if pruned else cls
+    return found.from_pretrained(folder, **options)
 
 
 # ---- the mathematics
