@@ -126,7 +126,7 @@ def models() -> str:
         ]
         for c in cards
     ]
-    header = ["model", "what it is", "size", "steps", "core minutes", "measured"]
+    header = ["model", "what it is", "size", "steps", "minutes, one thread", "measured"]
     licences = "".join(f"- `{c['name']}`: {c['data']}. {c['licence']}.\n" for c in cards)
     return _table(header, rows) + f"\nData and their licences:\n\n{licences}"
 

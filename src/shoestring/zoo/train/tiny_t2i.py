@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -312,15 +313,13 @@ def sheet(load: Callable[..., Any]) -> Image.Image:
     captions = list(_sheet_captions())
     images = sample(load(), [caption.lstrip("*") for caption in captions], steps=25, seed=SEED)
     pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    width, height = 132, 128
+    width, height = 132, 134
     page = Image.new("RGB", (8 * width, 8 * height), "white")
     pen = ImageDraw.Draw(page)
     for k, (caption, picture) in enumerate(zip(captions, pixels, strict=True)):
         x, y = k % 8 * width, k // 8 * height
         page.paste(Image.fromarray(picture).resize((96, 96), Image.Resampling.NEAREST), (x + 18, y))
-        words = caption.split()
-        lines = [" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])]
-        pen.text((x + 2, y + 98), "\n".join(lines), fill="black", font_size=9)
+        pen.text((x + 2, y + 98), "\n".join(wrap(caption, 24)), fill="black", font_size=9)
     return page
 
 
