@@ -262,7 +262,7 @@ def perplexity(model: Any, tokenizer: Any, images: np.ndarray, texts: list[str],
 def quality(load: Callable[..., Any], *, fast: bool, progress: bool | None) -> dict[str, float]:
     """On scenes of test garments: perplexities, and of captions by guidance how many are specific, and rightly so."""
     model, tokenizer = load(), load("tokenizer")
-    scenes = world.draw(600 if fast else 2000, split="test", seed=1, two=0)
+    scenes = world.draw(100 if fast else 500, split="test", seed=1, two=0)
     texts = captions(scenes, np.random.default_rng(1))
     figures = {
         "held-out perplexity": perplexity(model, tokenizer, scenes.images, texts, null=False),
