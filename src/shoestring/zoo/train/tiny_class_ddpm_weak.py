@@ -1,4 +1,4 @@
-"""tiny-class-ddpm-weak: the weaker twin of tiny-class-ddpm: half its width, a quarter of its training.
+"""tiny-class-ddpm-weak: the weaker twin of tiny-class-ddpm: half its width, half of its training.
 
 The same format, classes, schedule, data and loss (see `shoestring.zoo.train.tiny_class_ddpm`) with 8, 16 and 32
 channels and heads of 16. It is for claims about an imperfect model, and for guidance of a model by a worse version
@@ -17,7 +17,7 @@ __all__ = ["DATA", "LICENCE", "SEED", "WHAT", "quality", "sheet", "train"]
 WHAT = "half as wide and shortly trained twin of tiny-class-ddpm, same format and null class; weak on purpose"
 SEED = 5
 
-STEPS, LR = 1000, 2e-3
+STEPS, LR = 2000, 2e-3
 CHANNELS, HEAD = (8, 16, 32), 16
 
 
