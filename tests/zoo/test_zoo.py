@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -110,12 +109,12 @@ def test_shipped_weights_reach_the_quality_of_the_card(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_training_script_runs(name, tmp_path):
     out = tmp_path / name
-    start = time.perf_counter()
+    start = sum(os.times()[2:4])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "shoestring.zoo.train", name, "--smoke", "--out", str(out)]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
-    assert time.perf_counter() - start < 60  # 30 s on a machine of its own
+    assert sum(os.times()[2:4]) - start < 30  # seconds of CPU, of one thread: the machine may have other work
     card = json.loads(ran.stdout[ran.stdout.index("{") :])
     assert card["smoke"] is True
     assert os.listdir(tmp_path) == [name]  # no temporary folder is left
