@@ -25,7 +25,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from shoestring import zoo
 from shoestring.compress.udfc import chains, compress_by, udfc_compress
-from shoestring.zoo.train.judge_fashion import garments
+from shoestring.zoo.train._fashion import garments
 
 RATIO = 0.3
 FASTER, SECONDS = 1.2, 10.0  # the limits

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shoestring.zoo.train import judge_fashion, tiny_class_ddpm, tiny_class_ddpm_weak
+from shoestring.zoo.train import _fashion, judge_fashion, tiny_class_ddpm, tiny_class_ddpm_weak
 from shoestring.zoo.train._common import drop
 from shoestring.zoo.train.tiny_class_ddpm import NULL, fit_unet, new_scheduler, new_unet, sample
 
@@ -31,7 +31,7 @@ class Shifts(nn.Module):
 def test_shifted_moves_by_at_most_a_pixel_and_mirrors_half():
     image = torch.full((1, 1, 28, 28), -1.0)
     image[0, 0, 10, 5] = 1.0
-    moved = judge_fashion.shifted(image.expand(400, 1, 28, 28), torch.Generator().manual_seed(0))
+    moved = _fashion.shifted(image.expand(400, 1, 28, 28), torch.Generator().manual_seed(0))
     assert moved.shape == (400, 1, 28, 28)
     assert (moved.flatten(1).sum(1) == image.sum()).all()  # one white pixel each, black filled in
     where = (moved[:, 0] == 1).nonzero()
@@ -45,12 +45,12 @@ def test_judge_is_named_as_the_bundle_and_does_not_touch_the_global_generator():
     config = judge_fashion.new_model().config
     new_unet(**TINY)
     assert torch.equal(before, torch.get_rng_state())
-    assert config.id2label == dict(enumerate(judge_fashion.class_names()))
+    assert config.id2label == dict(enumerate(_fashion.class_names()))
     assert config.id2label[9] == "Ankle boot"
 
 
 def test_garments_keep_the_whole_range_and_their_labels():
-    images, labels = judge_fashion.garments("test[:200]")
+    images, labels = _fashion.garments("test[:200]")
     assert images.shape == (200, 1, 28, 28)
     assert (images.min(), images.max()) == (-1, 1)
     assert set(labels.tolist()) == set(range(10))

@@ -117,7 +117,7 @@ def test_an_interrupted_autoencoder_goes_on_to_the_same_weights(tmp_path, monkey
 def test_pixels_go_from_minus_one_to_one():
     images = np.stack([np.zeros((32, 32, 3)), np.full((32, 32, 3), 255)]).astype(np.uint8)
     images[0, 3, 7, 2] = 255
-    tensor = _world_judges.to_tensor(images)
+    tensor = _common.to_tensor(images)
     assert tensor.min() == -1
     assert (tensor[1] == 1).all()
     assert tensor[0, 2, 3, 7] == 1
@@ -190,7 +190,7 @@ def test_noise_loss_is_weighted_by_the_signal():
 
 
 def test_a_judge_is_read_as_it_answers():
-    model, images = zoo.load("judge-colour"), _world_judges.to_tensor(world.draw(300, split="test", two=0).images)
+    model, images = zoo.load("judge-colour"), _common.to_tensor(world.draw(300, split="test", two=0).images)
     answers, features = _common.judged(model, images)
     with torch.no_grad():
         assert (answers[:50] == model(images[:50]).logits.argmax(1).numpy()).all()

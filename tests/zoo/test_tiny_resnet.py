@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from shoestring.zoo.train import judge_fashion, tiny_resnet
+from shoestring.zoo.train import _fashion, judge_fashion, tiny_resnet
 
 
 def test_layout_is_that_of_resnet_18():
@@ -22,7 +22,7 @@ def test_layout_is_that_of_resnet_18():
         stage.register_forward_hook(lambda _m, _i, output: sizes.append(output.shape[-1]))
     assert model(torch.zeros(2, 1, 28, 28)).logits.shape == (2, 10)
     assert sizes == [7, 4, 2, 1]
-    assert model.config.id2label == dict(enumerate(judge_fashion.class_names()))
+    assert model.config.id2label == dict(enumerate(_fashion.class_names()))
 
 
 def test_initial_weights_are_its_own_and_the_global_generator_is_not_touched():
@@ -40,7 +40,7 @@ def run(out: Path, checkpoint: Path | None = None) -> None:
 def test_killed_and_started_again_ends_at_the_same_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(tiny_resnet, "SAVE_EVERY", 2)
     run(tmp_path / "undisturbed")
-    real, calls = tiny_resnet.shifted, []
+    real, calls = _fashion.shifted, []
 
     def dies(*args, **kwargs):
         calls.append(1)
@@ -48,7 +48,7 @@ def test_killed_and_started_again_ends_at_the_same_weights(monkeypatch: pytest.M
             raise OSError("power cut")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(tiny_resnet, "shifted", dies)
+    monkeypatch.setattr(_fashion, "shifted", dies)
     with pytest.raises(OSError, match="power cut"):
         run(tmp_path / "resumed", tmp_path / "checkpoint")
     run(tmp_path / "resumed", tmp_path / "checkpoint")

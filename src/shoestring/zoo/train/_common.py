@@ -3,14 +3,81 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shoestring.loop import State
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global generator of the CPU from `seed`, as first weights are drawn from it; afterwards as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of AdamW: `decay` for matrices, none for biases, scales of norms and temperatures."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def zero_last_layers(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Set to zero what ends a residual branch: the modules whose names end with one of these."""
+    for name, module in model.named_modules():
+        if name.endswith(names):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+
+
+def byte_level_bpe(texts: Iterable[str], size: int, special: list[str]) -> Tokenizer:
+    """Byte-level BPE of `size` tokens, `special` ones first. Any text comes back from it unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """(n, H, W, 3) uint8 -> (n, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """CLIP's: which of B texts belongs to which of B images, and the reverse; logits (B, B) -> 0-d."""
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def clamp_scale(state: State) -> None:
+    """Callback: the temperature's logarithm is at most ln 100.
+
+    On the parameter, not in the forward pass: there the gradient would vanish beyond the bound.
+    """
+    scale: Any = state.model.logit_scale
+    with torch.no_grad():
+        scale.clamp_(max=math.log(100))
+
+
+def share(right: Tensor) -> float:
+    """How much of a boolean tensor is True."""
+    return float(right.double().mean())
 
 
 def index_batches(n: int, size: int, steps: int, seed: int) -> list[Tensor]:

@@ -22,7 +22,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from shoestring import loop
 from shoestring.data import world
-from shoestring.zoo.train._common import index_batches, judged, warmup_cosine
+from shoestring.zoo.train._common import index_batches, judged, seeded, to_tensor, warmup_cosine
 
 BATCH = 128
 DATA = (
@@ -30,11 +30,6 @@ DATA = (
     "(Fashion-MNIST)"
 )
 LICENCE = "weights: the project's; data: Fashion-MNIST, MIT"
-
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """(n, 32, 32, 3) uint8 -> (n, 3, 32, 32) float32 in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 def augmented(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
@@ -74,8 +69,7 @@ def train_judge(
         num_channels=3, embedding_size=stem, hidden_sizes=list(widths), depths=[depth] * len(widths), layer_type="basic"
     )
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = ResNetForImageClassification(config)
     model.to(device, memory_format=torch.channels_last)  # a quarter faster on the CPU
 

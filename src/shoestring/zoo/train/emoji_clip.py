@@ -13,7 +13,6 @@ decay, dropout and normal noise on the features, because there are so few. Featu
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from shoestring import backbones, data, loop
 from shoestring.data import world
-from shoestring.loop import State
 from shoestring.zoo._emoji_clip import EmojiCLIP
-from shoestring.zoo.train._common import index_batches, warmup_cosine
+from shoestring.zoo.train._common import (
+    clamp_scale,
+    contrastive_loss,
+    index_batches,
+    seeded,
+    share,
+    warmup_cosine,
+)
 
 WHAT = "dual encoder of pictures and short texts: trained projections of frozen EfficientNet-Lite0 and MiniLM"
 DATA = "bundle emoji: names and two drawings (google, twitter) of 1906 emoji, of which a fifth, by name, is never seen"
@@ -59,8 +63,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
     images = torch.stack([torch.from_numpy(image_encoder.extract(one["images"][rows])) for one in drawn]).to(device)
     texts = torch.from_numpy(text_encoder.extract(drawn[0]["captions"][rows].tolist())).to(device)
     spread = [images.std((0, 1)), texts.std(0)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         model = EmojiCLIP().to(device)
     generator = torch.Generator().manual_seed(SEED)  # on the CPU, so that all devices train on the same noise
 
@@ -69,13 +72,10 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
 
     def step(model: EmojiCLIP, batch: Tensor) -> Tensor:
         style = torch.randint(len(STYLES), batch.shape, generator=generator).to(device)
-        logits = model(noisy(images[style, batch], spread[0]), noisy(texts[batch], spread[1]))  # (B, B)
-        own = torch.arange(len(batch), device=logits.device)
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        return contrastive_loss(model(noisy(images[style, batch], spread[0]), noisy(texts[batch], spread[1])))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
-    with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-        torch.manual_seed(SEED)
+    with seeded(SEED):  # dropout draws from the global generator
         loop.fit(
             model,
             index_batches(len(rows), size, steps, SEED),
@@ -83,7 +83,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
             optimizer,
             scheduler=warmup_cosine(optimizer, steps, warmup=min(50, steps // 2)),
             max_steps=steps,
-            callbacks=[_clamp_scale],
+            callbacks=[clamp_scale],
             generators=[generator],
             checkpoint=checkpoint,
             checkpoint_every=None if checkpoint is None else 200,
@@ -91,12 +91,6 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
         )
     model.half().save_pretrained(out)
     return {"steps": steps, "parameters": sum(parameter.numel() for parameter in model.parameters())}
-
-
-def _clamp_scale(state: State) -> None:
-    scale: Any = state.model.logit_scale
-    with torch.no_grad():
-        scale.clamp_(max=math.log(100))
 
 
 @torch.no_grad()
@@ -112,14 +106,14 @@ def quality(load: Callable[..., Any], *, fast: bool, progress: bool | None) -> d
         scores = texts @ images[style].T  # (n, n)
         rank = (scores > scores.diagonal()[:, None]).sum(1)
         for k in (1, 10):
-            figures[f"recall@{k}, name to image among {len(rank)} unseen emoji, {style}"] = _share(rank < k)
+            figures[f"recall@{k}, name to image among {len(rank)} unseen emoji, {style}"] = share(rank < k)
         categories = model.get_text_features(_categories())
         answers = (images[style] @ categories.T).argmax(1).cpu()
-        figures[f"accuracy over {len(categories)} category names, unseen emoji, {style}"] = _share(
+        figures[f"accuracy over {len(categories)} category names, unseen emoji, {style}"] = share(
             answers == torch.from_numpy(drawn["category"][unseen])
         )
     scores = images["google"] @ images["twitter"].T
-    figures["recall@1, google to twitter drawing, unseen emoji"] = _share(
+    figures["recall@1, google to twitter drawing, unseen emoji"] = share(
         scores.argmax(1).cpu() == torch.arange(len(scores))
     )
     return figures
@@ -128,7 +122,3 @@ def quality(load: Callable[..., Any], *, fast: bool, progress: bool | None) -> d
 def _categories() -> list[str]:
     names = data.load("emoji", split="google").features["category"].names
     return [name.lower().replace("&", "and") for name in names]
-
-
-def _share(right: Tensor) -> float:
-    return float(right.double().mean())

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -49,7 +49,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from shoestring import loop
 from shoestring.data import world
-from shoestring.zoo.train._common import index_batches, warmup_cosine
+from shoestring.zoo.train._common import (
+    byte_level_bpe,
+    decay_groups,
+    index_batches,
+    seeded,
+    to_tensor,
+    warmup_cosine,
+)
 
 WHAT = (
     "captioner of 32 x 32 pictures of one garment (ViT and GPT-2), generic unless guided, with tokenizer and processor"
@@ -100,14 +107,7 @@ def named(text: str) -> tuple[str | None, str | None]:
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE that writes `END` after a text: every word of `texts` is one token, any text comes back."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=640, special_tokens=[PAD, START, END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = byte_level_bpe(texts, 640, [PAD, START, END])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -146,19 +146,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, width: int = 128, layers: t
         tie_word_embeddings=False,
         **special,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         encoder, decoder = ViTModel(vit), GPT2LMHeadModel(gpt)
         model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     model.config.decoder_start_token_id = START_ID
     model.config.pad_token_id, model.config.eos_token_id = 0, 2
     model.generation_config = GenerationConfig(decoder_start_token_id=START_ID, max_length=CONTEXT, **special)
     return model
-
-
-def to_pixels(images: np.ndarray) -> Tensor:
-    """(n, 32, 32, 3) uint8 -> (n, 3, 32, 32) in [-1, 1], as the saved image processor does it."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progress: bool | None) -> dict[str, object]:
@@ -174,8 +168,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
     counts = (len(world.GARMENTS), len(world.COLOURS), len(world.POSITIONS))
     captioner = new_model(tokenizer, width=32 if smoke else 128, layers=(1, 1) if smoke else (4, 3))
     width = captioner.config.encoder.hidden_size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         heads = nn.Linear(width, sum(counts))
     both = nn.ModuleDict({"captioner": captioner, "heads": heads}).to(device)
     generator = torch.Generator().manual_seed(SEED)
@@ -184,7 +177,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
         rows = rows.cpu()
         seen = torch.rand(len(rows), generator=generator) >= NULL_SHARE
         seen[0] = True
-        pixels = to_pixels(scenes.images[rows[seen].numpy() % n]).to(device)
+        pixels = to_tensor(scenes.images[rows[seen].numpy() % n]).to(device, memory_format=torch.channels_last)
         states = both["captioner"].encoder(pixel_values=pixels).last_hidden_state
         given = states.new_zeros((len(rows), *states.shape[1:])).index_put((seen.to(device),), states)
         loss = both["captioner"](encoder_outputs=BaseModelOutput(given), labels=labels[rows].to(device)).loss
@@ -196,13 +189,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
             "garment": (guesses[0].argmax(1) == truth[0]).float().mean(),
         }
 
-    matrices = [parameter for parameter in both.parameters() if parameter.ndim > 1]
-    scales = [parameter for parameter in both.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": scales, "weight_decay": 0.0}],
-        lr=RATE,
-        betas=(0.9, 0.98),
-    )
+    optimizer = torch.optim.AdamW(decay_groups(both, 0.05), lr=RATE, betas=(0.9, 0.98))
     loop.fit(
         both,
         index_batches(len(texts), BATCH, steps, SEED),
@@ -224,7 +211,9 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
 
 
 def _states(model: Any, images: np.ndarray) -> Tensor:
-    return model.encoder(pixel_values=to_pixels(images).to(model.device)).last_hidden_state
+    return model.encoder(
+        pixel_values=to_tensor(images).to(model.device, memory_format=torch.channels_last)
+    ).last_hidden_state
 
 
 @torch.no_grad()

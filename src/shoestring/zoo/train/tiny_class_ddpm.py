@@ -28,8 +28,17 @@ from torch import Tensor, nn
 from shoestring import zoo
 from shoestring.loop import fit
 from shoestring.metrics import frechet_distance
-from shoestring.zoo.train._common import EMA, drop, index_batches, judged, noise_loss, warmup_cosine
-from shoestring.zoo.train.judge_fashion import class_names, garments
+from shoestring.zoo.train._common import (
+    EMA,
+    drop,
+    index_batches,
+    judged,
+    noise_loss,
+    seeded,
+    warmup_cosine,
+    zero_last_layers,
+)
+from shoestring.zoo.train._fashion import class_names, garments
 
 WHAT = (
     "class-conditional UNet2DModel of 28 x 28 grey garments in [-1, 1], epsilon prediction; class 10 is the null class"
@@ -44,8 +53,7 @@ NULL, DROP, GAMMA = 10, 0.12, 4.0
 
 
 def new_unet(channels: tuple[int, int, int], head: int, seed: int) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         unet = UNet2DModel(
             sample_size=28,
             in_channels=1,
@@ -58,10 +66,7 @@ def new_unet(channels: tuple[int, int, int], head: int, seed: int) -> Any:
             norm_num_groups=8,
             num_class_embeds=NULL + 1,
         )
-    for name, module in unet.named_modules():
-        if name.endswith(("conv2", "to_out.0", "conv_out")):  # a branch's last layer
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+    zero_last_layers(unet, ("conv2", "to_out.0", "conv_out"))
     return unet
 
 

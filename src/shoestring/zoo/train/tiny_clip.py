@@ -21,7 +21,6 @@ Patches of 8 keep an image at 17 tokens: on one thread the time is better spent 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,16 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from shoestring import loop
 from shoestring.data import world
-from shoestring.loop import State
-from shoestring.zoo.train._common import index_batches, warmup_cosine
+from shoestring.zoo.train import _common
+from shoestring.zoo.train._common import (
+    clamp_scale,
+    decay_groups,
+    index_batches,
+    seeded,
+    share,
+    to_tensor,
+    warmup_cosine,
+)
 
 WHAT = "CLIP dual encoder of the captioned colour world, with its own tokenizer and image processor"
 DATA = (
@@ -121,8 +128,7 @@ def _model(tokenizer: CLIPTokenizer, *, smoke: bool) -> CLIPModel:
         "num_attention_heads": 4,
         "projection_dim": 128,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
@@ -136,16 +142,7 @@ def contrastive_loss(model: CLIPModel, pixels: Tensor, ids: Tensor) -> Tensor:
     """Symmetric cross entropy of which text belongs to which image, and the reverse (figure 3 of the paper)."""
     images = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=1)  # (B, d)
     texts = F.normalize(model.get_text_features(input_ids=ids).pooler_output, dim=1)  # (B, d)
-    logits = model.logit_scale.exp() * images @ texts.T  # (B, B)
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-def _clamp_scale(state: State) -> None:
-    """On the parameter, not in the forward pass: there the gradient would vanish beyond the bound."""
-    scale: Any = state.model.logit_scale
-    with torch.no_grad():
-        scale.clamp_(max=math.log(100))
+    return _common.contrastive_loss(model.logit_scale.exp() * images @ texts.T)
 
 
 def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progress: bool | None) -> dict[str, int]:
@@ -161,17 +158,9 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
         rng = np.random.default_rng([SEED, number])  # of the step, so that a resumed run draws the same captions
         captions = [caption(scenes, row, rng) for row in rows.tolist()]
         ids = tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
-        return contrastive_loss(model, _pixels(scenes.images[rows.cpu().numpy()], device), ids.to(device))
+        return contrastive_loss(model, to_tensor(scenes.images[rows.cpu().numpy()]).to(device), ids.to(device))
 
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=RATE,
-        betas=(0.9, 0.98),
-    )
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=RATE, betas=(0.9, 0.98))
     loop.fit(
         model,
         list(enumerate(index_batches(len(scenes), size, steps, SEED))),
@@ -180,7 +169,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
         scheduler=warmup_cosine(optimizer, steps, warmup=min(100, steps // 2)),
         max_steps=steps,
         clip_grad_norm=1.0,
-        callbacks=[_clamp_scale],
+        callbacks=[clamp_scale],
         checkpoint=checkpoint,
         checkpoint_every=None if checkpoint is None else 100,
         progress=progress,
@@ -190,16 +179,11 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
     return {"steps": steps, "parameters": model.num_parameters()}
 
 
-def _pixels(images: np.ndarray, device: Any) -> Tensor:
-    """(n, 32, 32, 3) uint8 to (n, 3, 32, 32) in [-1, 1], as the processor does it."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def image_features(model: CLIPModel, images: np.ndarray) -> Tensor:
     """Unit features (n, d) of images (n, 32, 32, 3) uint8."""
     parts = [images[start : start + 250] for start in range(0, len(images), 250)]
-    features = [model.get_image_features(pixel_values=_pixels(part, model.device)).pooler_output for part in parts]
+    features = [model.get_image_features(pixel_values=to_tensor(part).to(model.device)).pooler_output for part in parts]
     return F.normalize(torch.cat(features).float(), dim=1).cpu()
 
 
@@ -239,10 +223,10 @@ def quality(load: Callable[..., Any], *, fast: bool, progress: bool | None) -> d
         answers = (images @ single.T).argmax(1)
         for prompts, texts in (("one prompt", single), ("ensemble of prompts", ensemble)):
             right = (images @ texts.T).argmax(1) == 8 * garment + colour
-            figures[f"accuracy over 80 names, {pairs} pairs, {prompts}"] = _share(right)
-        figures[f"colour accuracy over 80 names, {pairs} pairs"] = _share(answers % 8 == colour)
-        figures[f"garment accuracy over 80 names, {pairs} pairs"] = _share(answers // 8 == garment)
-        figures[f"garment accuracy over 10 names, {pairs} pairs"] = _share((images @ garments.T).argmax(1) == garment)
+            figures[f"accuracy over 80 names, {pairs} pairs, {prompts}"] = share(right)
+        figures[f"colour accuracy over 80 names, {pairs} pairs"] = share(answers % 8 == colour)
+        figures[f"garment accuracy over 80 names, {pairs} pairs"] = share(answers // 8 == garment)
+        figures[f"garment accuracy over 10 names, {pairs} pairs"] = share((images @ garments.T).argmax(1) == garment)
     recalls = [_recalls(model, tokenizer, seed) for seed in range(1 if fast else 4)]
     for k in (1, 10):
         mean = sum(recall[k] for recall in recalls) / len(recalls)
@@ -258,8 +242,4 @@ def _recalls(model: CLIPModel, tokenizer: CLIPTokenizer, seed: int) -> dict[int,
     captions = [world.caption(*scene, rng=rng, mention=1) for scene in columns]
     scores = text_features(model, tokenizer, captions) @ image_features(model, scenes.images).T  # (500, 500)
     rank = (scores > scores.diagonal()[:, None]).sum(1)
-    return {k: _share(rank < k) for k in (1, 10)}
-
-
-def _share(right: Tensor) -> float:
-    return float(right.double().mean())
+    return {k: share(rank < k) for k in (1, 10)}

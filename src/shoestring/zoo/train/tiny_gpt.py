@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shoestring import data, loop
-from shoestring.zoo.train._common import warmup_cosine
+from shoestring.zoo.train._common import byte_level_bpe, decay_groups, seeded, warmup_cosine
 
 WHAT = "LLaMA language model of the King James Bible and of WordNet's glosses, with its own byte-level BPE tokenizer"
 DATA = (
@@ -101,16 +101,7 @@ def _blocks(book: str, rows: Iterable[tuple[int, int, int, str]], longest: int =
 
 def make_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of `size` tokens, which writes `END` before a text. Any text comes back from it unchanged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = byte_level_bpe(texts, size, [END, PAD])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -136,8 +127,7 @@ def _model(tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int) -> Ll
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         return LlamaForCausalLM(config)
 
 
@@ -158,11 +148,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
     copies = {source: COPIES.get(source, COPIES["kjv" if is_book(source) else "glosses"]) for source, _ in found}
     windows = _windows([text for source, text in found for _ in range(copies[source])], tokenizer)
     batches = list(windows.split(BATCH))[: 10 if smoke else None]
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    scales = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0.0}], lr=RATE, betas=(0.9, 0.95)
-    )
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95))
     loop.fit(
         model,
         batches,

@@ -16,36 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification
-
-from shoestring.loop import fit
-from shoestring.zoo.train._common import index_batches, warmup_cosine
-from shoestring.zoo.train.judge_fashion import class_names, garments, shifted
+from shoestring.zoo.train import _fashion
+from shoestring.zoo.train._fashion import DATA as DATA
+from shoestring.zoo.train._fashion import LICENCE as LICENCE
 
 WHAT = "ResNet in the layout of ResNet-18, a third as wide, that names the class of a 28 x 28 grey garment in [-1, 1]"
-DATA = "fashion (the bundle): 20,000 training images, shifted and mirrored; measured on the 5,000 test images"
-LICENCE = "MIT (Fashion-MNIST, Zalando SE)"
 SEED = 2001
 
 STEPS, BATCH, SAVE_EVERY = 3800, 128, 400
 
 
-def new_model() -> ResNetForImageClassification:
-    names = class_names()
-    config = ResNetConfig(
-        num_channels=1,
-        embedding_size=24,
-        hidden_sizes=[24, 48, 96, 160],
-        depths=[2, 2, 2, 2],
-        layer_type="basic",
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        return ResNetForImageClassification(config)
+def new_model() -> Any:
+    return _fashion.new_resnet(SEED, stem=24, widths=[24, 48, 96, 160], depths=[2, 2, 2, 2])
 
 
 def train(
@@ -58,42 +40,21 @@ def train(
     steps: int | None = None,
 ) -> dict[str, object]:
     """Train and save it; `steps` other than the recipe's are for tests."""
-    images, labels = garments("train[:512]" if smoke else "train")
-    steps = steps or (4 if smoke else STEPS)
-    model: nn.Module = new_model()
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    generator = torch.Generator().manual_seed(SEED)
-
-    def step(model: nn.Module, rows: Tensor) -> Tensor:
-        rows = rows.cpu()
-        batch = shifted(images[rows], generator, by=1).to(device)
-        return nn.functional.cross_entropy(model(batch).logits, labels[rows].to(device))
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    fit(
-        model,
-        index_batches(len(images), BATCH, steps, SEED),
-        step,
-        optimizer,
-        scheduler=warmup_cosine(optimizer, steps, warmup=min(200, steps)),
-        max_steps=steps,
-        generators=[generator],
+    return _fashion.fit_resnet(
+        new_model(),
+        out,
+        seed=SEED,
+        steps=steps or (4 if smoke else STEPS),
+        batch=BATCH,
+        smoothing=0.0,
+        save_every=SAVE_EVERY,
+        smoke=smoke,
+        device=device,
         checkpoint=checkpoint,
-        checkpoint_every=SAVE_EVERY if checkpoint else None,
         progress=progress,
     )
-    model.half().save_pretrained(out)  # type: ignore[operator]
-    return {"steps": steps, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-@torch.no_grad()
 def quality(load: Callable[..., Any], *, fast: bool, progress: bool | None) -> dict[str, float]:
     """Accuracy on the test images, and that of the worst class."""
-    model = load()
-    images, labels = garments("test[:2000]" if fast else "test")
-    device = next(model.parameters()).device
-    right = torch.cat([model(part.to(device)).logits.argmax(1).cpu() for part in images.split(500)]) == labels
-    return {
-        "accuracy": right.float().mean().item(),
-        "accuracy of the worst class": min(right[labels == k].float().mean().item() for k in range(10)),
-    }
+    return _fashion.accuracies(*_fashion.scores_of_test(load(), fast))

@@ -33,8 +33,16 @@ from shoestring import loop, zoo
 from shoestring.data import world
 from shoestring.metrics import frechet_distance
 from shoestring.zoo.train import tiny_clip
-from shoestring.zoo.train._common import EMA, index_batches, judged, noise_loss, warmup_cosine
-from shoestring.zoo.train._world_judges import to_tensor
+from shoestring.zoo.train._common import (
+    EMA,
+    index_batches,
+    judged,
+    noise_loss,
+    seeded,
+    to_tensor,
+    warmup_cosine,
+    zero_last_layers,
+)
 
 WHAT = "StableDiffusionPipeline of the captioned colour world: 32 x 32 RGB from a caption, epsilon prediction"
 DATA = (
@@ -51,8 +59,7 @@ GUIDANCE = 3.0
 
 
 def new_vae() -> AutoencoderKL:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         return AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
@@ -65,23 +72,19 @@ def new_vae() -> AutoencoderKL:
         )
 
 
-def new_unet() -> UNet2DConditionModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+def new_unet(channels: tuple[int, int] = CHANNELS) -> UNet2DConditionModel:
+    with seeded(SEED):
         unet = UNet2DConditionModel(
             sample_size=world.SIDE // 2,
             down_block_types=("CrossAttnDownBlock2D",) * 2,
             up_block_types=("CrossAttnUpBlock2D",) * 2,
-            block_out_channels=CHANNELS,
+            block_out_channels=channels,
             layers_per_block=1,
             cross_attention_dim=128,
             attention_head_dim=2,  # what diffusers calls so is the number of heads
             norm_num_groups=16,
         )
-    for name, module in unet.named_modules():
-        if name.endswith(("conv2", "proj_out", "conv_out")):  # a branch's last layer
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+    zero_last_layers(unet, ("conv2", "proj_out", "conv_out"))
     return unet
 
 
@@ -107,8 +110,7 @@ def text_tower(smoke: bool) -> tuple[CLIPTextModel, CLIPTokenizer]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         return CLIPTextModel(config), tokenizer
 
 
@@ -121,7 +123,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
     vae.register_to_config(scaling_factor=scale)
 
     text, tokenizer = text_tower(smoke)
-    unet = new_unet().to(device, memory_format=torch.channels_last)
+    unet = new_unet((16, 32) if smoke else CHANNELS).to(device, memory_format=torch.channels_last)
     text.to(device).eval()
     _fit_unet(
         unet,

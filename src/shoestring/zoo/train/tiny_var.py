@@ -23,16 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from shoestring import data, loop, zoo
+from shoestring import loop, zoo
 from shoestring.metrics import frechet_distance
 from shoestring.zoo._codebook import PatchCodebook
-from shoestring.zoo.train._common import drop, index_batches, judged, warmup_cosine
+from shoestring.zoo.train._common import decay_groups, drop, index_batches, judged, seeded, warmup_cosine
+from shoestring.zoo.train._fashion import class_names, garments
 
 WHAT = "class-conditional GPT-2 over 49 patch codes of 28 x 28 grey garments, with its k-means codebook"
 DATA = "fashion (the bundle): 20,000 training images, garments mirrored; measured on the 5,000 test images"
@@ -43,13 +43,6 @@ CODES, CLASSES = 256, 10
 NULL = CODES + CLASSES
 STEPS, BATCH, RATE = 900, 64, 2e-3
 SYMMETRIC = (0, 1, 2, 3, 4, 6)  # classes that may be mirrored
-
-
-def garments(split: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 1, 28, 28) float32 in [-1, 1] and classes (n,) int64."""
-    rows = data.load("fashion", split=split)
-    pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in rows["image"]]))
-    return pixels[:, None].float() / 127.5 - 1, torch.tensor(rows["label"])
 
 
 def make_codebook(images: Tensor, codes: int = CODES) -> PatchCodebook:
@@ -110,8 +103,7 @@ def _model(*, width: int, layers: int, length: int) -> GPT2LMHeadModel:
         bos_token_id=NULL,
         eos_token_id=None,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         return GPT2LMHeadModel(config)
 
 
@@ -132,13 +124,7 @@ def train(out: Path, *, smoke: bool, device: str, checkpoint: Path | None, progr
         batch[:, 0] = drop(batch[:, 0], NULL, 0.1, generator)
         return code_losses(model, batch.to(device)).mean()
 
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    scales = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": scales, "weight_decay": 0.0}],
-        lr=RATE,
-        betas=(0.9, 0.95),
-    )
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=RATE, betas=(0.9, 0.95))
     loop.fit(
         model,
         index_batches(len(ids), BATCH, steps, SEED),
@@ -201,7 +187,7 @@ def sheet(load: Callable[..., Any]) -> Any:
     from PIL import Image, ImageDraw
 
     model, codebook = load(), load("codebook")
-    names = data.load("fashion", split="test").features["label"].names
+    names = class_names()
     wanted = torch.arange(CLASSES).repeat_interleave(4)
     pictures = [
         codebook.decode(sample(model, wanted, scale=scale, generator=torch.Generator().manual_seed(SEED)))
