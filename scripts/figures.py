@@ -97,6 +97,67 @@ def claim(slug: str) -> str:
     )
 
 
+# Room: (method of the catalogue, setting, metric, the arm that is the method, arms it is compared with, setting of "dense").
+COMPARED = {
+    "compress": [
+        (
+            "udfc",
+            f"{net}, weight decay: {how}",
+            "accuracy",
+            arm,
+            ("plain", "merging"),
+            f"{net}, weight decay",
+        )
+        for net in ("4 convolutions", "residual blocks")
+        for how in ("20 %", "30 % and 6 bits")
+        for arm in ("UDFC", "UDFC, non-negative")
+    ]
+    + [
+        ("flap", ratio, "perplexity", arm, ("Wanda-sp", "magnitude-sp"), "")
+        for ratio in ("20%", "50%")
+        for arm in ("FLAP AL-AM", "FLAP UL-UM")
+    ]
+    + [
+        (
+            "pdp",
+            f"{share} sparse",
+            "accuracy",
+            "PDP",
+            ("gradual magnitude", "gradual, straight-through", "one-shot magnitude"),
+            "",
+        )
+        for share in ("95%", "98%")
+    ]
+    + [
+        ("nm-decay", pattern, "accuracy", "mask decay (B)", ("SR-STE", "one-shot magnitude"), "")
+        for pattern in ("1:16", "1:32")
+    ]
+    + [
+        ("sortednet", net, f"accuracy at {size}", "SortedNet, g = 1", ("trained alone", "ordinary, cut down"), net)
+        for net in ("CNN, width", "MLP, width")
+        for size in ("2/8", "4/8")
+    ],
+}
+
+
+def compared(room: str) -> str:
+    """The methods of a room beside what one would do otherwise, in one table."""
+    rows = []
+    for slug, setting, metric, arm, others, dense in COMPARED[room]:
+        result = recorded(slug)
+        assert result is not None, slug
+        found = {(r.setting, r.method, r.metric): r for r in result.rows}
+        own = found[setting, arm, metric]
+        full = found.get((dense, "dense", metric)) or found.get((dense, "ordinary, cut down", "accuracy at 8/8"))
+        assert full is not None, slug
+        what = f"{setting}, {metric.split()[-1]}" if slug == "sortednet" else setting
+        told = [f"{other} {found[setting, other, metric].value:.1f}" for other in others]
+        unit = f"{metric.split()[0]} {own.unit}".strip()
+        rows.append([f"`{slug}`", what, unit, f"{full.value:.1f}", f"{arm}: {own.value:.1f}", "; ".join(told)])
+    header = ["method", "setting", "figure", "dense", "here", "instead"]
+    return _table(header, rows)
+
+
 def speed(name: str) -> str:
     told = _recorded(name)
     rows = [

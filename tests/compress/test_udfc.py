@@ -397,6 +397,16 @@ def test_smallest_filters_go_in_the_norm_asked_for():
     assert one[0].weight.flatten(1).tolist() == [[3, 3], [9, 9]]
 
 
+def test_a_group_is_a_filter_and_what_reads_it():
+    """Filter 0 is the smallest, but read by a weight of 4: sqrt(18 + 16) > sqrt(25 + 0.01)."""
+    model = nn.Sequential(nn.Conv2d(1, 3, (1, 2)), nn.ReLU(), nn.Conv2d(3, 1, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[3.0, 3.0], [5.0, 0.0], [9.0, 9.0]]).view(3, 1, 1, 2))
+        model[2].weight.copy_(torch.tensor([4.0, 0.1, 0.1]).view(1, 3, 1, 1))
+    small = udfc_compress(model, pruning_ratio=0.34, importance="group")
+    assert small[0].weight.flatten(1).tolist() == [[3, 3], [9, 9]]
+
+
 def test_permuting_filters_changes_nothing():
     model = plain(True).double()
     moved = copy.deepcopy(model)

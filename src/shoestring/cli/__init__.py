@@ -35,6 +35,7 @@ VERBS = (
     "predict",
     "forget",
     "classify",
+    "compress",
     "compare",
 )
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
-import torch
-from torch import nn
-
 
 def check_ratio(name: str, value: Any) -> float:
     """Raise unless `value` is a number in [0, 1)."""
@@ -26,14 +23,3 @@ def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {wanted}, got {value}")
     return value
-
-
-def check_model(model: Any) -> None:
-    """Raise unless `model` is a module whose weights are there and finite."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise ValueError(f"model is on the meta device ({name} has no values): load its weights first")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"model holds NaN or infinity in {name}")

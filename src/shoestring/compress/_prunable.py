@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
-from shoestring.compress._checks import check_model
+from shoestring._models import check_model
 
 Names = str | Sequence[str]
 

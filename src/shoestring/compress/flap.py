@@ -72,7 +72,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shoestring.compress._checks import check_model, check_ratio, check_whole
+from shoestring._models import check_model
+from shoestring.compress._checks import check_ratio, check_whole
 
 try:
     import transformers

@@ -66,7 +66,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shoestring.compress._checks import check_model, check_whole
+from shoestring._models import check_model
+from shoestring.compress._checks import check_whole
 from shoestring.compress._sortednet_plans import (
     check_depth,
     checked_spec,
