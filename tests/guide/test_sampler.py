@@ -135,6 +135,19 @@ def test_equals_a_loop_written_out(fixture, together, request):
     assert out.num_steps == 4
 
 
+def test_a_flow_along_true_velocities_ends_at_the_picture():
+    x0, noise = random(2, 1, 4, 4), random(2, 1, 4, 4, seed=1)
+    out = guide.sample(
+        lambda x, t, class_labels: noise - x0,
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        None,
+        noise,
+        (torch.tensor([0, 1]),),
+        num_inference_steps=3,
+    )
+    torch.testing.assert_close(out.sample.double(), x0, rtol=1e-6, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def t2i():
     pipe = zoo.load("tiny-t2i")

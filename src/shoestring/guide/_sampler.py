@@ -214,7 +214,8 @@ def sample(
     began = time.perf_counter()
     calls, in_guider = Calls(), 0.0
     network = network_of(model, latents.shape[1])
-    latents = latents * scheduler.init_noise_sigma
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching has none, and scales no input
+    scale_model_input = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
     for index, timestep in enumerate(scheduler.timesteps):
         step = Step(
             index=index,
@@ -229,7 +230,7 @@ def sample(
             scheduler=scheduler,
             conditions=named,
             network=network,
-            scaled=scheduler.scale_model_input(latents, timestep),
+            scaled=scale_model_input(latents, timestep),
             calls=calls,
         )
         before, asked = time.perf_counter(), calls.seconds
