@@ -37,6 +37,7 @@ VERBS = (
     "classify",
     "compress",
     "compare",
+    "guide",
 )
 
 
