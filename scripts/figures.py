@@ -258,13 +258,18 @@ def _figures(result: Result) -> str:
             r.setting,
             r.method,
             r.metric,
-            f"{r.value:.2f} ± {r.spread:.2f}",
+            f"{_number(r.value)} ± {_number(r.spread)}",
             r.unit,
-            "" if r.paper is None else f"{r.paper:.2f}",
+            "" if r.paper is None else _number(r.paper),
         ]
         for r in result.rows
     ]
     return _table(["setting", "method", "metric", "mean ± s.d.", "unit", "paper, on its data"], rows)
+
+
+def _number(x: float) -> str:
+    """Two decimals, or two digits of what these would not show."""
+    return f"{x:.2f}" if x == 0 or 0.01 <= abs(x) < 1e6 else f"{x:.2g}"
 
 
 def _verdict(slug: str) -> str:

@@ -171,10 +171,13 @@ def test_a_pipeline_guided_by_cfg_is_the_pipeline(t2i, name):
         plain = picture(t2i, negative_prompt=["a shoe", ""])
         with guide.apply(t2i, ClassifierFreeGuidance(3.0)) as calls:
             guided = picture(t2i, scale=9.0, negative_prompt=["a shoe", ""])
+        with guide.apply(t2i, ClassifierFreeGuidance(3.0), batch_branches=True) as together:
+            at_once = picture(t2i, scale=9.0, negative_prompt=["a shoe", ""])
     finally:
         t2i.scheduler = before
     torch.testing.assert_close(guided, plain, rtol=1e-4, atol=1e-4)
-    assert calls.rows == 2 * 2 * 4
+    torch.testing.assert_close(at_once, plain, rtol=1e-4, atol=1e-4)
+    assert calls.rows == together.rows == 2 * 2 * 4
 
 
 def test_the_pipeline_is_left_as_it_was(t2i):

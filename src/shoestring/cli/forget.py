@@ -1,22 +1,30 @@
-"""shoestring forget: take rows out of a learner kept in a folder, as if it had never seen them."""
+"""shoestring forget: rows out of a learner kept in a folder, exactly; texts out of a language model, approximately."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoestring.cli import _console, _rows
+from shoestring.cli import _console, _forget_models, _rows
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 def run(
-    state: _rows.State,
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATA]", show_default=False, help="The rows to forget, as they were learnt."),
+        typer.Argument(
+            metavar="DATA|MODEL",
+            show_default=False,
+            help="The rows to forget, as they were learnt; or a language model: a folder, hub id, or name of the zoo.",
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", metavar="DIR", show_default=False, help="Folder in which the learner is kept."),
     ] = None,
     split: _rows.Split = "train",
     label: _rows.Label = None,
@@ -26,20 +34,60 @@ def run(
         typer.Option("--class", metavar="LABEL", help="Drop a class without its rows, or only its rows in DATA."),
     ] = None,
     strict: _rows.Strict = False,
+    method: _forget_models.Method = None,
+    forget: _forget_models.Forget = None,
+    retain: _forget_models.Retain = None,
+    held_out: _forget_models.HeldOut = None,
+    retrained: _forget_models.Retrained = None,
+    out: _forget_models.Out = None,
+    epochs: _forget_models.Epochs = None,
+    lr: _forget_models.Rate = None,
+    batch: _forget_models.Batch = 4,
+    length: _forget_models.Length = None,
+    beta: _forget_models.Beta = None,
+    retain_loss: _forget_models.RetainLoss = "nll",
+    alpha: _forget_models.Alpha = 5.0,
+    dictionary: _forget_models.Dictionary = None,
+    relearn_steps: _forget_models.RelearnSteps = 50,
+    save_every: _forget_models.SaveEvery = 50,
+    seed: _forget_models.Seed = 0,
     device: _rows.Device = "cpu",
     as_json: _console.Json = False,
 ) -> None:
-    """Take the rows of DATA out of the learner: afterwards it is the one that never saw them, to rounding.
+    """Take rows out of a learner, exactly, or texts out of a language model, approximately.
 
-    Either all rows go or none: rows that were never learnt are refused and the state stays as it was. With --class and
-    no DATA the class can be predicted no more, but its rows still tell the other classes what they are not.
+    A learner (--state): afterwards it is the one that never saw the rows of DATA, to rounding. Either all rows go or
+    none: rows that were never learnt are refused and the state stays as it was. With --class and no DATA the class can
+    be predicted no more, but its rows still tell the other classes what they are not.
+
+    A language model of transformers (--method): it is fine-tuned until the texts of --forget cost it more, and written
+    with its figures to --out. MODEL itself is never changed. The figures say whether the texts are gone or only hidden,
+    as far as that can be measured: it is no proof. The same command goes on after a crash.
 
     \b
     Examples:
       shoestring forget customer-17/ --state pets
       shoestring forget photos/ --class cat --state pets
       shoestring forget --class cat --state pets
+      shoestring forget my-model/ --method npo --forget gone.jsonl --retain kept.jsonl --out my-model-without
     """
+    if method is not None or forget is not None or out is not None:
+        given = {"--state": state, "--class": class_, "--label": label, "--column": content, "--strict": strict}
+        if wrong := [option for option, value in given.items() if value]:
+            raise _console.UsageError(f"{wrong[0]} is for a learner, --method, --forget and --out for a language model")
+        if data is None or method is None or forget is None or out is None:
+            raise _console.UsageError("a language model needs MODEL, --method, --forget and --out")
+        terms = _forget_models.dictionary(dictionary)
+        options = _forget_models.Options(
+            method, epochs, lr, batch, length, beta, retain_loss, alpha, terms, save_every, seed
+        )
+        _forget_models.forget(
+            data, options, forget=forget, retain=retain, held_out=held_out, retrained=retrained, out=out,
+            relearn_steps=relearn_steps, device=device, as_json=as_json,
+        )  # fmt: skip
+        return
+    if state is None:
+        raise _console.UsageError("give --state (a learner), or --method, --forget and --out (a language model)")
     from shoestring._signals import uninterrupted
     from shoestring.learn import _state
 

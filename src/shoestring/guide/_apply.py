@@ -17,7 +17,7 @@ __all__ = ["apply"]
 
 
 @contextmanager
-def apply(pipe: Any, guider: Any, *, auxiliary: Sequence[str] = ()) -> Iterator[Calls]:
+def apply(pipe: Any, guider: Any, *, auxiliary: Sequence[str] = (), batch_branches: bool = False) -> Iterator[Calls]:
     """Let `guider` guide a classic pipeline in place of its own classifier-free guidance.
 
     The network's and the scheduler's methods are wrapped while the block runs, and are as before after it, errors
@@ -31,6 +31,8 @@ def apply(pipe: Any, guider: Any, *, auxiliary: Sequence[str] = ()) -> Iterator[
     guider : diffusers.guiders.BaseGuidance
     auxiliary : sequence of str, optional
         Further prompts, each for the whole batch, for guiders that take them (Perp-Neg).
+    batch_branches : bool, default False
+        As of `shoestring.guide.sample`; the pipeline by itself asks for both branches in one call.
 
     Yields
     ------
@@ -60,7 +62,7 @@ def apply(pipe: Any, guider: Any, *, auxiliary: Sequence[str] = ()) -> Iterator[
         raise TypeError(f"pipe must have a unet, got {type(pipe).__name__}: use shoestring.guide.sample for it")
     if isinstance(auxiliary, str):
         raise TypeError(f"auxiliary must be a sequence of prompts, got the string {auxiliary!r}")
-    run = _Run(pipe, guider, tuple(auxiliary))
+    run = _Run(pipe, guider, tuple(auxiliary), batch_branches)
     with (
         _replaced(unet, "forward", run.forward),
         _replaced(pipe.scheduler, "set_timesteps", run.set_timesteps),
@@ -72,8 +74,8 @@ def apply(pipe: Any, guider: Any, *, auxiliary: Sequence[str] = ()) -> Iterator[
 class _Run:
     """Stands between a pipeline, its network and its scheduler."""
 
-    def __init__(self, pipe: Any, guider: Any, auxiliary: tuple[str, ...]):
-        self.pipe, self.guider, self.auxiliary = pipe, guider, auxiliary
+    def __init__(self, pipe: Any, guider: Any, auxiliary: tuple[str, ...], batch_branches: bool):
+        self.pipe, self.guider, self.auxiliary, self.batch_branches = pipe, guider, auxiliary, batch_branches
         self.calls = Calls()
         self.original_forward = pipe.unet.forward
         self.original_set_timesteps = pipe.scheduler.set_timesteps
@@ -138,7 +140,7 @@ class _Run:
             calls=self.calls,
         )
         self.index += 1
-        prediction = torch.cat([guided(step, self.guider, self.pipe.unet)] * 2)
+        prediction = torch.cat([guided(step, self.guider, self.pipe.unet, self.batch_branches)] * 2)
         if not return_dict:
             return (prediction,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput

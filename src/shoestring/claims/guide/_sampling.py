@@ -14,9 +14,12 @@ NULL = 10  # "no class" of tiny-class-ddpm
 
 @cache
 def network(name: str = "tiny-class-ddpm") -> Any:
-    """A class-conditional network of the zoo, in this process."""
+    """A network of the zoo, in this process, where diffusers no longer tells that guiders are experimental."""
+    from diffusers.utils import logging
+
     from shoestring import zoo
 
+    logging.set_verbosity_error()
     return zoo.load(name)
 
 

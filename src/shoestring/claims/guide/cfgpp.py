@@ -27,7 +27,7 @@ FRECHET, ACCURACY, BEYOND, ERROR = "Frechet distance", "judge accuracy", "pixels
 
 def run(fast: bool, progress: Progress, seeds: int | None = None) -> Result:
     seeds = seeds or (1 if fast else 3)
-    fewer, n, images, steps = (10, 10, 4, 3) if fast else (50, 80, 20, STEPS)
+    fewer, n, images, steps = (10, 10, 4, 3) if fast else (40, 60, 12, STEPS)
     processes = 1 if fast else None
     counted = range(1, seeds + 1)
     grid = [
@@ -70,7 +70,9 @@ def run(fast: bool, progress: Progress, seeds: int | None = None) -> Result:
         f"lambda = {LAMBDA}, is {even:.2f}, far from the paper's 7.5; the third arm of the inversion is CFG at that "
         f"mean. Inversion error: mean square over {images} test garments in [-1, 1], inverted and remade at one scale "
         "(CFG by diffusers' DDIMInverseScheduler). Seen before the rule was written: the card's expectations and that "
-        "the zoo's model is good at omega = 2. After the fast form, before any full one, CFG's scales were moved down.",
+        "the zoo's model is good at omega = 2. After the fast form, before any full one, CFG's scales were moved down. "
+        "A first full run, with a third more garments, took 97 s and said the same (Frechet distances 2.89 and 2.85, "
+        "inversion errors 0.047, 0.160 and 0.047): numbers of garments were cut for time.",
     )
 
 

@@ -33,7 +33,7 @@ MODEL = "tiny-class-ddpm-weak"
 
 def run(fast: bool, progress: Progress, seeds: int | None = None) -> Result:
     seeds = seeds or (1 if fast else 3)
-    steps, tried, kept = (4, 10, 20) if fast else (20, 40, 100)
+    steps, tried, kept = (4, 10, 20) if fast else (20, 20, 50)
     processes = 1 if fast else None
     scales = SCALES[1:2] if fast else SCALES
     grid = [(arm, scale, 0, tried, steps) for arm in (GFCG, CONSTANT, ICG, CFG, HALF) for scale in scales]
