@@ -29,8 +29,9 @@ among the least ``round(r N)`` of all N weights of the network. From there on ::
 In the end the mask is made hard, m(w) >= 1/2, that is, the ``round((1 - r_l) n)`` largest are kept.
 
 * ``pattern="n:m"``: (1) in every group of M weights along a layer's inputs, with N kept; (5) rounds to whole weights.
-* ``pattern="channel"``: ||W_c|| of every output channel c in place of |w|, and m(c) multiplies the channel. Targets are
-  those of the unstructured sort (how the paper sets them, we could not read). Biases of pruned channels stay.
+* ``pattern="channel"``: ``||W_c||`` of every output channel c in place of ``|w|``, and m(c) multiplies the channel.
+  Targets are those of the unstructured sort (how the paper sets them, we could not read). Biases of pruned channels
+  stay.
 
 What to expect
 --------------
@@ -49,8 +50,8 @@ There is no official code, and the paper's text could not be read: this follows 
 re-implementations (PQuant and others) that agree on (1) to (3). epsilon = 0.015 and s = 16 are theirs; tau = 1e-4 is
 that of one, PQuant has 1e-5. PQuant keeps int((1 - r) n) weights, one too few for r = 0.8, n = 80 (15.99... is cut to
 15): here it is rounded to nearest. It also has uniform targets and prunes from the first epoch; others take the
-targets from the initial weights, or a sigmoid of |w| - t. A share of zero is the identity here (t = -inf, m = 1); (2)
-with t = 0 would multiply small weights by 1/2.
+targets from the initial weights, or a sigmoid of ``|w| - t``. A share of zero is the identity here (t = -inf, m = 1):
+(2) with t = 0 would multiply small weights by 1/2.
 """
 
 from __future__ import annotations

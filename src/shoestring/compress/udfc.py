@@ -289,7 +289,7 @@ def nonnegative_coefficients(
 
 
 def quantize(W: Tensor, bits: int) -> Tensor:
-    """Uniform symmetric rounding of a whole tensor: integers from -q to q, q = 2^(bits-1) - 1, times max |W| / q.
+    """Uniform symmetric rounding of a whole tensor: integers from -q to q, q = 2^(bits-1) - 1, times ``max |W|`` / q.
 
     Parameters
     ----------

@@ -446,7 +446,7 @@ def evaluate(
         Most steps; AdamW's rate (take the one the method used); how many batches of `forget` are relearnt, the first
         ones (the loss of all of them is measured after every step). 0 steps: no relearning.
     tolerance : float, default 0.05
-        Back at the original's loss L means at most L + tolerance |L|.
+        Back at the original's loss L means at most ``L + tolerance |L|``.
     progress : callable, default None
         Called with the share done, ending at 1.0, and a word.
 

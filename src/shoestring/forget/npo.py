@@ -29,7 +29,7 @@ SimNPO                "simnpo"     "nll"
 ====================  ===========  ===========
 
 "nll" is the cross-entropy of rows to retain, "kl" is KL(pi_ref || pi_theta) at their answers' tokens. SimNPO (Fan et
-al., arXiv 2410.07163) has no reference and the mean over |y| tokens: ``-(2 / beta) E log sigmoid(beta nll / |y| -
+al., arXiv 2410.07163) has no reference and the mean over ``|y|`` tokens: ``-(2 / beta) E log sigmoid(beta nll / |y| -
 gamma)``.
 
 What to expect
@@ -50,7 +50,7 @@ paper's text was not at hand: tables and theorem are the project's card's, and i
 * GA: the paper writes the sum over a sequence, the official code takes the mean over the batch's tokens, as here: the
   published balance with the retain term is the code's. The direction is the same when answers are of equal length.
 * KL: official code divides by all positions, padding and prompt with them; here it is the mean over answers' tokens.
-* |y| of SimNPO: open-unlearning counts labels before the shift, here those that are predicted. Its delta is our
+* ``|y|`` of SimNPO: open-unlearning counts labels before the shift, here those that are predicted. Its delta is our
   gamma / beta.
 * beta: 0.1 in the official configuration, followed here; the class in open-unlearning has 1.0.
 * The reference is in eval mode, so that its answers are the same each time; official too.
@@ -140,7 +140,7 @@ def sequence_nll(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE) -> 
 
 
 def answer_lengths(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """|y|: how many tokens of each sequence `sequence_nll` sums over; (B,) int64.
+    """``|y|``: how many tokens of each sequence `sequence_nll` sums over; (B,) int64.
 
     Examples
     --------
@@ -205,7 +205,7 @@ def simnpo_loss(
     ----------
     nll : tensor of shape (B,)
     lengths : tensor of shape (B,), > 0
-        |y|, from `answer_lengths`.
+        ``|y|``, from `answer_lengths`.
     beta : float > 0, default 2.5
         From memory of the SimNPO paper; beta of `npo_loss` is on another scale.
     gamma : float, default 0.0

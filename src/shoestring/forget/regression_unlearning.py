@@ -108,15 +108,15 @@ def attention_map(h: Tensor, channel_dim: int = 1) -> Tensor:
 
     Parameters
     ----------
-    h : tensor of shape (B, C, ...positions)
+    h : tensor of shape (B, C, ...)
         Half precisions are squared in float32.
     channel_dim : int, default=1
         -1 for (B, T, D) of a transformer.
 
     Returns
     -------
-    tensor of shape (B, positions)
-        Rows of length 1; of zeros where all of h is 0.
+    tensor of shape (B, P)
+        P places in a row of length 1; of zeros where all of h is 0.
 
     Raises
     ------

@@ -34,7 +34,7 @@ Score distillation puts e in the place of the guided prediction: the gradient is
 
 What to expect
 --------------
-* One network call more for each auxiliary prompt; those of |w| < 10^-4 are left out, as in the official 3D code.
+* One network call more for each auxiliary prompt; those of ``|w|`` < 10^-4 are left out, as in the official 3D code.
 * e_u must be of the EMPTY prompt. A negative prompt in its place, as pipelines of diffusers take it, is another method;
   the same negative prompt in both places gives n = 0, and a warning here.
 * Auxiliary prompts are projected on p, not on each other: two that say the same count twice.
