@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import forget_peak, in_a_process, peak_mb
 from _race import FAILED, RATIOS, race, report
 from _record import record
 from torch import nn
@@ -121,16 +120,12 @@ def times(name: str, batch: int, repeats: int) -> None:
     report(f"{name}: step with a pool of 1000 for 500 steps / states anew", (s["ours"] + 2 * state) / anew, POOL_LIMIT)
 
 
-def peak_mb() -> float:
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-
 def peak_memory(how: str, batch: int) -> None:
     """Run in a process of its own: print the MB that three steps add at their peak."""
     name = "tiny-class-ddpm"
     unet, scheduler = model(name)
     plain(name, unet, scheduler, 1)()  # libraries have their buffers
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     before = peak_mb()
     step = plain(name, unet, scheduler, batch) if how == "plain" else ours(name, unet, scheduler, batch)[1]
     for _ in range(3):
@@ -141,8 +136,7 @@ def peak_memory(how: str, batch: int) -> None:
 def memory(batch: int) -> None:
     added = {}
     for how in ("plain", "ours"):
-        command = [sys.executable, __file__, "--peak", how, str(batch)]
-        added[how] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        added[how] = in_a_process(__file__, how, batch)
     print(f"memory added, batch {batch}: {', '.join(f'{how} {mb:.0f} MB' for how, mb in added.items())}")
     report("tiny-class-ddpm: memory of erasing / plain fine-tuning", added["ours"] / added["plain"], MEMORY_LIMIT)
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from _memory import forget_peak, in_a_process, peak_mb
 from _race import FAILED, RATIOS, race, report
 from _record import record
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -93,16 +92,6 @@ def embeddings(N: int, B: int, repeats: int) -> None:
     print(f" {s['embeddings'] / s['product']:7.2f}   (no limit)")
 
 
-def peak_mb() -> float:
-    """Highest resident size of this process since it began, or since `forget_peak`. (ru_maxrss is inherited.)"""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak_memory(N: int, K: int, B: int) -> None:
     """Run in a process of its own: print the MB at the peak of prediction, before it, and of the distances."""
     parents = np.maximum((np.arange(N) - 1) // 10, 0)
@@ -120,8 +109,7 @@ def peak_memory(N: int, K: int, B: int) -> None:
 def memory(N: int, K: int, few: int, many: int) -> None:
     peaks = []
     for B in (few, many):
-        command = [sys.executable, __file__, "--peak", str(N), str(K), str(B)]
-        peaks.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        peaks.append(in_a_process(__file__, N, K, B))
     (peak_few, _, _, _), (peak_many, added, making, distances) = peaks
     print(f"{N} labels of a tree, {K} observed: the distances take {distances:.0f} MB, and making them {making:.0f} MB")
     print(f"    predicting adds {added:.0f} MB for {many} rows (their variances: {8 * N * many / 2**20:.0f} MB)")

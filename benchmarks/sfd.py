@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from _memory import forget_peak, in_a_process, peak_mb
 from _race import FAILED, RATIOS, race, report
 from _record import record
 from torch import nn
@@ -132,15 +131,11 @@ def sampling(n: int, repeats: int) -> None:
     report(f"{n} samples: one step / 50 steps of DDIM", s["one"] / s["fifty"], SAMPLING_LIMIT)
 
 
-def peak_mb() -> float:
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-
 def peak_memory(how: str, batch: int) -> None:
     """Run in a process of its own: print the MB that two steps or iterations add at their peak."""
     unet, scheduler = zoo.load("tiny-class-ddpm"), zoo.load("tiny-class-ddpm", "scheduler")
     plain_step(unet, scheduler, 1)()  # libraries have their buffers
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     before = peak_mb()
     if how == "plain":
         step = plain_step(unet, scheduler, batch)
@@ -153,8 +148,7 @@ def peak_memory(how: str, batch: int) -> None:
 def memory(batch: int) -> None:
     added = {}
     for how in ("plain", "ours"):
-        command = [sys.executable, __file__, "--peak", how, str(batch)]
-        added[how] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        added[how] = in_a_process(__file__, how, batch)
     print(f"memory added, batch {batch}: {', '.join(f'{how} {mb:.0f} MB' for how, mb in added.items())}")
     report("memory of an iteration / of a plain step", added["ours"] / added["plain"], MEMORY_LIMIT)
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _memory import forget_peak, in_a_process, peak_mb
 from _race import FAILED, RATIOS, race, report
 from _record import record
 from torch import Tensor, nn
@@ -128,16 +127,6 @@ def steps(what: str, model: nn.Module, shape: tuple[int, ...], repeats: int, lim
     report(f"{what}: training step, TrAct / unfold and invert", s["tract"] / s["plainly"], 1.05)
 
 
-def peak_mb() -> float:
-    """Highest resident size of this process since it began, or since `forget_peak`."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak_memory(how: str, images: int) -> None:
     """Run in a process of its own: print the MB that one moment of a 7x7 convolution adds at its peak."""
     x = torch.randn(images, 3, 224, 224)
@@ -155,8 +144,7 @@ def peak_memory(how: str, images: int) -> None:
 def memory(images: int) -> None:
     added = {}
     for how in ("blocks", "unfold"):
-        command = [sys.executable, __file__, "--peak", how, str(images)]
-        added[how] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        added[how] = in_a_process(__file__, how, images)
     inputs = images * 3 * 224 * 224 * 4 / 2**20
     print(
         f"7x7 convolution of {images} images ({inputs:.0f} MB): {added['blocks']:.0f} MB more, "
