@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from torch import Tensor
+
+from shoestring import guide
 
 WIDTH = 8
 
@@ -32,6 +34,23 @@ def unet(**more: Any) -> Any:
             **more,
         )
     return model.double().eval()
+
+
+def traced(guider: Any, scheduler: Any, model: Any, noise: Tensor, conditions: Any, steps: int, **more: Any) -> Any:
+    """The output of a run, and every step with its prediction and what came after it."""
+    seen: list[Any] = []
+    scheduler = scheduler or DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    out = guide.sample(
+        model,
+        scheduler,
+        guider,
+        noise,
+        conditions,
+        num_inference_steps=steps,
+        callback=lambda *a: seen.append(a),
+        **more,
+    )
+    return out, seen
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from shoestring.guide.elucd import (
     smooth_activations,
 )
 
-from .conftest import random
+from .conftest import random, traced
 
 K = 5
 NO_SMOOTHING = {"softplus_beta": None}
@@ -69,19 +69,7 @@ def run(guider, scheduler=None, model=toy, noise=None, conditions=None, steps=6,
     """The output, and every step with its prediction and what came after it."""
     noise = random(3, 1, 8, 8) if noise is None else noise
     conditions = [torch.zeros(len(noise), dtype=torch.long)] if conditions is None else conditions
-    seen = []
-    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
-    out = guide.sample(
-        model,
-        scheduler,
-        guider,
-        noise,
-        conditions,
-        num_inference_steps=steps,
-        callback=lambda *a: seen.append(a),
-        **more,
-    )
-    return out, seen
+    return traced(guider, scheduler, model, noise, conditions, steps, **more)
 
 
 # ---- temperatures

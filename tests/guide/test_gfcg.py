@@ -21,7 +21,7 @@ from shoestring.guide.gfcg import (
     reference_labels,
 )
 
-from .conftest import random
+from .conftest import random, traced
 
 K = 5
 ALWAYS = {"start": 0.0}
@@ -52,19 +52,7 @@ def run(guider, scheduler=None, model=toy, noise=None, conditions=None, steps=6,
     """The output, and every step with its prediction."""
     noise = random(3, 1, 8, 8) if noise is None else noise
     conditions = [torch.arange(len(noise)) % K] if conditions is None else conditions
-    seen = []
-    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
-    out = guide.sample(
-        model,
-        scheduler,
-        guider,
-        noise,
-        conditions,
-        num_inference_steps=steps,
-        callback=lambda *a: seen.append(a),
-        **more,
-    )
-    return out, seen
+    return traced(guider, scheduler, model, noise, conditions, steps, **more)
 
 
 # ---- the mathematics
