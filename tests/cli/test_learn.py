@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -202,8 +203,16 @@ def test_ctrl_c_saves_what_was_learnt(digits):
     while not list((digits / "s").glob("0*.safetensors")):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    # Seen once in some hundred runs, on a full machine: the first Ctrl-C had no effect. Perhaps it was raised inside a
+    # finalizer, where Python drops it. A user presses it again.
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            _, told = process.communicate(timeout=20)
+            break
+    else:
+        process.kill()
+        pytest.fail("three times Ctrl-C had no effect")
     assert process.returncode == 130, told
     model = GACIL.load(newest(digits / "s"))
     assert f"{model.n_samples_seen_:,} rows were learnt and are saved" in told
