@@ -23,3 +23,10 @@ def in_a_process(script: str, *arguments: object) -> Any:
     """What ``python SCRIPT --peak ARGUMENTS`` prints, read as JSON."""
     command = [sys.executable, script, "--peak", *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def added_mb(script: str, forms: tuple[str, ...], size: int) -> dict[str, float]:
+    """MB that each form of the work adds at its peak, in a process of its own, printed too."""
+    added = {form: in_a_process(script, form, size) for form in forms}
+    print(f"memory added, batch {size}: {', '.join(f'{form} {mb:.0f} MB' for form, mb in added.items())}")
+    return added

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _memory import forget_peak, in_a_process, peak_mb
+from _memory import added_mb, forget_peak, peak_mb
 from _race import FAILED, RATIOS, race, report
 from _record import record
 from torch import nn
@@ -134,10 +134,7 @@ def peak_memory(how: str, batch: int) -> None:
 
 
 def memory(batch: int) -> None:
-    added = {}
-    for how in ("plain", "ours"):
-        added[how] = in_a_process(__file__, how, batch)
-    print(f"memory added, batch {batch}: {', '.join(f'{how} {mb:.0f} MB' for how, mb in added.items())}")
+    added = added_mb(__file__, ("plain", "ours"), batch)
     report("tiny-class-ddpm: memory of erasing / plain fine-tuning", added["ours"] / added["plain"], MEMORY_LIMIT)
 
 

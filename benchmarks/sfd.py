@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from _memory import forget_peak, in_a_process, peak_mb
+from _memory import added_mb, forget_peak, peak_mb
 from _race import FAILED, RATIOS, race, report
 from _record import record
 from torch import nn
@@ -146,10 +146,7 @@ def peak_memory(how: str, batch: int) -> None:
 
 
 def memory(batch: int) -> None:
-    added = {}
-    for how in ("plain", "ours"):
-        added[how] = in_a_process(__file__, how, batch)
-    print(f"memory added, batch {batch}: {', '.join(f'{how} {mb:.0f} MB' for how, mb in added.items())}")
+    added = added_mb(__file__, ("plain", "ours"), batch)
     report("memory of an iteration / of a plain step", added["ours"] / added["plain"], MEMORY_LIMIT)
 
 

@@ -64,6 +64,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def publish_folder(work: Path, out: Path) -> None:
+    """Move a finished folder to its place in one step: everything on the disk first, modes as the umask has them.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` has come into being meanwhile: it is not touched, and `work` stays.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in [*work.rglob("*"), work]:
+        if path.is_file():
+            path.chmod(0o666 & ~mask)  # safetensors makes them 0600
+        _flush_to_disk(path)
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} has come into being meanwhile")
+    os.rename(work, out)
+    _flush_to_disk(out.absolute().parent)
+
+
 def _flush_to_disk(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows opens no folders
         return

@@ -205,14 +205,14 @@ def test_nothing_that_exists_is_overwritten(shoestring, files, tmp_path, monkeyp
     for out in (files["model"], files["forget"]):
         assert "exists: --out must be a new folder" in shoestring(*command(files, out), code=1).stderr
     assert contents(files["model"]) == before
-    publish = _forget_models._publish
+    publish = _forget_models.publish_folder
 
     def late(result, out):
         out.mkdir()
         (out / "mine").write_text("mine")
         publish(result, out)
 
-    monkeypatch.setattr(_forget_models, "_publish", late)
+    monkeypatch.setattr(_forget_models, "publish_folder", late)
     result = shoestring(*command(files, tmp_path / "out", "--relearn-steps", 0), code=1)
     assert "has come into being meanwhile; the model is in" in result.stderr
     assert contents(tmp_path / "out").keys() == {"mine"}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoestring._files import publish_folder
 from shoestring.cli import _console
 
 if TYPE_CHECKING:
@@ -160,7 +161,10 @@ def forget(
     if "retain" in rows:
         evaluation.plot(result / "forget-retain.svg")
     (result / "README.md").write_text(_card(summary, evaluation, torch.__version__), encoding="utf-8")
-    _publish(result, out)
+    try:
+        publish_folder(result, out)
+    except FileExistsError as error:
+        raise FileExistsError(f"{error}; the model is in {result}") from None
     shutil.rmtree(work, ignore_errors=True)
     if as_json:
         _console.print_json(summary)
@@ -325,26 +329,6 @@ def _open_work(work: Path, job: dict[str, Any]) -> bool:
         )
     typer.echo(f"going on from {work}", err=True)
     return True
-
-
-def _publish(result: Path, out: Path) -> None:
-    """Everything on the disk, then the folder in one step; one that has come meanwhile is not touched."""
-    from shoestring._files import _flush_to_disk
-
-    for path in [*result.rglob("*"), result]:
-        if path.is_file():
-            path.chmod(0o666 & ~_umask())  # safetensors makes them 0600
-        _flush_to_disk(path)
-    if os.path.lexists(out):
-        raise FileExistsError(f"{out} has come into being meanwhile; the model is in {result}")
-    os.rename(result, out)
-    _flush_to_disk(out.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # ---- the methods

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoestring.cli import _console, _rows
+from shoestring.cli import _console, _models, _rows
 
 if TYPE_CHECKING:
     import torch
@@ -85,22 +84,13 @@ def run(
         raise _console.UsageError("flap needs texts: --calibration text.jsonl, or a bundle such as kjv")
     if method == "flap" and bits is not None:
         raise _console.UsageError("--bits is for udfc: flap leaves the weights that stay as they are")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists already: nothing is overwritten, give a new folder")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"the folder of --out {out} does not exist: create {out.absolute().parent} first")
-    work = out.absolute().with_name(f".{out.name}.{os.getpid()}")
-    try:
+    _models.check_new(out)
+    with _models.filled(out) as work:
         done = (
             _udfc(model, work, ratio, bits, data, split, content, label, device)
             if method == "udfc"
             else _flap(model, work, ratio, structure, str(calibration), split, content, device)
         )
-        if out.exists():
-            out.rmdir()
-        os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     if as_json:
         _console.print_json({"model": model, "method": method, "out": str(out), **done})
         return
@@ -206,11 +196,9 @@ def _model(name: str, device: str) -> tuple[str, Any, torch.dtype]:
     import torch
     import transformers
 
-    from shoestring import zoo
-
     if not sys.stderr.isatty():  # a log file wants no bars
         transformers.utils.logging.disable_progress_bar()
-    folder = str(zoo.path(name)) if name in zoo.names() and not Path(name).exists() else name
+    folder = _models.place(name)
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{name} is no folder of a transformers model: config.json is missing")
     config = transformers.AutoConfig.from_pretrained(folder)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoestring.cli import _console, _rows
+from shoestring.cli import _console, _models, _rows
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -283,10 +281,7 @@ def _check_usage(
     ):
         if value is not None and value != [] and not {*methods} & {*both}:
             raise _console.UsageError(f"{option} is for {' and '.join(methods)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists already: nothing is overwritten, give a new folder")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"the folder of --out {out} does not exist: create {out.absolute().parent} first")
+    _models.check_new(out)
 
 
 @contextmanager
@@ -328,12 +323,10 @@ def _load(
     import diffusers
     import torch
 
-    from shoestring import zoo
-
     if scheduler is not None and not hasattr(getattr(diffusers, scheduler, None), "set_timesteps"):
         raise ValueError(f"--scheduler must be a scheduler of diffusers, got {scheduler!r}")
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
-    folder = zoo.path(name) if name in zoo.names() and not Path(name).exists() else Path(name)
+    folder = Path(_models.place(name))
     pipe: Any = None
     if (folder / "model_index.json").is_file() or not folder.is_dir():
         where = folder if folder.is_dir() else name
@@ -419,11 +412,9 @@ def _classifier(name: str, source: Texts | Classes, device: str) -> dict[str, An
     """The classifier, what it is shown of a picture, and how a picture is made of latents: arguments of its guiders."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from shoestring import zoo
     from shoestring.guide._classifier import ImageClassifier, preprocess_from
 
-    own = name in zoo.names() and not Path(name).exists()
-    folder = zoo.path(name) if own else name
+    own, folder = _models.of_the_zoo(name), _models.place(name)
     model = AutoModelForImageClassification.from_pretrained(folder).to(device).eval()
     asked: dict[str, Any] = {"decode": None if source.vae is None else _decoder(source.vae)}
     if own or not _has_processor(folder):
@@ -503,9 +494,8 @@ def _pictures(pixels: Tensor) -> list[Image.Image]:
 
 
 def _write(out: Path, rows: list[Row], note: dict[str, Any], source: Texts | Classes) -> None:
-    """All of it beside `out`, and then there in one move."""
-    work = out.absolute().with_name(f".{out.name}.{os.getpid()}")
-    try:
+    """Pictures, sheet and note."""
+    with _models.filled(out) as work:
         for row in rows:
             (work / row.name).mkdir(parents=True)
             for i, image in enumerate(row.images):
@@ -513,11 +503,6 @@ def _write(out: Path, rows: list[Row], note: dict[str, Any], source: Texts | Cla
         told = source.prompts if isinstance(source, Texts) else [f"class {label}" for label in source.labels]
         _sheet(rows, told, note["seeds"]).save(work / "sheet.png")
         (work / "guide.json").write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        if out.exists():
-            out.rmdir()
-        os.replace(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _sheet(rows: list[Row], told: list[str], seeds: list[int]) -> Image.Image:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shoestring._models import check_model
-from shoestring.guide._sampler import Step
+from shoestring.guide._sampler import Step, is_between
 
 __all__ = ["ClassifierGuider", "ImageClassifier", "check_number", "preprocess_from"]
 
@@ -190,10 +190,7 @@ class ClassifierGuider(BaseGuidance):
     @property
     def active(self) -> bool:
         """Whether this step is guided: enabled, and between `start` and `stop`."""
-        if not self._enabled or self._num_inference_steps is None:
-            return bool(self._enabled)
-        first, end = (int(share * self._num_inference_steps) for share in (self._start, self._stop))
-        return bool(first <= self._step < end)
+        return bool(self._enabled) and is_between(self)
 
     @property
     def num_conditions(self) -> int:

@@ -192,10 +192,7 @@ def sample(
     >>> tuple(out.sample.shape), out.num_calls
     ((2, 1, 28, 28), 10.0)
     """
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be a whole number >= 1, got {num_inference_steps!r}")
-    if not bool(latents.isfinite().all()):
-        raise ValueError("latents hold NaN or infinity")
+    check_run(num_inference_steps, latents)
     named = named_conditions(conditions, latents, model)
     kind = prediction_kind(scheduler)
     if "learned" in str(scheduler.config.get("variance_type", "")):
@@ -247,6 +244,20 @@ def sample(
         seconds_network=calls.seconds,
         seconds_guider=in_guider,
     )
+
+
+def check_run(num_inference_steps: Any, latents: Tensor) -> None:
+    """Raise unless these are a number of steps and finite noise."""
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be a whole number >= 1, got {num_inference_steps!r}")
+    if not bool(latents.isfinite().all()):
+        raise ValueError("latents hold NaN or infinity")
+
+
+def is_between(guider: Any) -> bool:
+    """Whether a guider of diffusers is between its `start` and `stop`; so it is before any run."""
+    N = guider._num_inference_steps
+    return N is None or int(guider._start * N) <= guider._step < int(guider._stop * N)
 
 
 def guided(step: Step, guider: Any, model: Any, batch_branches: bool = False) -> Tensor:

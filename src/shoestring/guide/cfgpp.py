@@ -81,7 +81,7 @@ from torch import Tensor
 
 from shoestring.guide._cfgpp_solvers import Level, cfgpp_dpmpp_2m_step, cfgpp_dpmpp_2s_step, split_noise
 from shoestring.guide._levels import noise_levels, prediction_kind, to_epsilon, to_x0
-from shoestring.guide._sampler import named_conditions, network_of
+from shoestring.guide._sampler import check_run, is_between, named_conditions, network_of
 
 __all__ = [
     "CFGPlusPlusGuidance",
@@ -365,10 +365,7 @@ class CFGPlusPlusGuidance(BaseGuidance):
         return 2 if self._is_active() else 1
 
     def _is_active(self) -> bool:
-        if not self._enabled or self._num_inference_steps is None:
-            return self._enabled
-        N = self._num_inference_steps
-        return int(self._start * N) <= self._step < int(self._stop * N)
+        return self._enabled and is_between(self)
 
 
 # ---- the explicit loops
@@ -503,10 +500,7 @@ class _Run:
         num_inference_steps: int,
     ) -> None:
         N = num_inference_steps
-        if isinstance(N, bool) or not isinstance(N, int) or N < 1:
-            raise ValueError(f"num_inference_steps must be a whole number >= 1, got {N!r}")
-        if not bool(latents.isfinite().all()):
-            raise ValueError("latents hold NaN or infinity")
+        check_run(N, latents)
         _check_scale(guidance_scale)
         self.conditions = named_conditions(conditions, latents, model)
         if len(self.conditions) != 2:

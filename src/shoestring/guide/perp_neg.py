@@ -68,6 +68,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor
 
+from shoestring.guide._sampler import is_between
+
 __all__ = ["PerpNegGuidance", "perp_neg", "perpendicular", "sds_gradient", "view_weights"]
 
 EPS = 1e-6  # of the official 3D code
@@ -387,9 +389,7 @@ class PerpNegGuidance(BaseGuidance):
         """What the network is asked at this step, in this order."""
         used = [f"{AUX}{i}" for i, w in enumerate(self.weights) if any(abs(x) >= NEGLIGIBLE for x in _flat(w))]
         guided = self._enabled and (bool(used) or not math.isclose(self.guidance_scale, 1.0))
-        if self._num_inference_steps is not None:
-            first, last = (int(share * self._num_inference_steps) for share in (self._start, self._stop))
-            guided = guided and first <= self._step < last
+        guided = guided and is_between(self)
         return ["pred_cond", "pred_uncond", *used] if guided else ["pred_cond"]
 
     def _completed(self, data: Mapping[str, Any]) -> dict[str, Any]:

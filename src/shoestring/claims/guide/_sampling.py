@@ -70,16 +70,13 @@ def class_samples(
     return torch.cat(parts), rows / n
 
 
-@torch.no_grad()
 def judge(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, 10) and penultimate features (n, d) of judge-fashion, for garments clipped to [-1, 1]."""
-    model = network("judge-fashion")
-    logits, features = [], []
-    for part in images.clamp(-1, 1).split(256):
-        pooled = model.resnet(part).pooler_output.flatten(1)
-        logits.append(model.classifier(pooled))
-        features.append(pooled)
-    return torch.cat(logits), torch.cat(features)
+    """Answers (n,) and penultimate features (n, d) of judge-fashion, for garments clipped to [-1, 1]."""
+    from shoestring.zoo.train._common import judged
+
+    with torch.no_grad():
+        answers, features = judged(network("judge-fashion"), images.clamp(-1, 1))
+    return torch.from_numpy(answers), torch.from_numpy(features)
 
 
 @cache
@@ -94,6 +91,6 @@ def pairs(images: Tensor, labels: Tensor) -> dict[str, float]:
     """Share that the judge takes for their class, in %, and Frechet distance to the test garments."""
     from shoestring.metrics import frechet_distance
 
-    logits, features = judge(images)
-    right = float((logits.argmax(dim=1) == labels).double().mean()) * 100
+    answers, features = judge(images)
+    right = float((answers == labels).double().mean()) * 100
     return {"accuracy": right, "frechet": frechet_distance(features.numpy(), real_features())}

@@ -120,7 +120,7 @@ def measured(made: tuple[np.ndarray, float], full: tuple[np.ndarray, float], fas
     if not fast:  # the test garments' features take seconds
         judged = _sampling.pairs(images, _sampling.class_labels(len(images)))
         return figures | {ACCURACY: judged["accuracy"], FRECHET: judged["frechet"]}
-    right = _sampling.judge(images)[0].argmax(1) == _sampling.class_labels(len(images))
+    right = _sampling.judge(images)[0] == _sampling.class_labels(len(images))
     return figures | {ACCURACY: 100 * float(right.double().mean())}
 
 

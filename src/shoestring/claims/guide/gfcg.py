@@ -105,8 +105,8 @@ def draw(arm: str, scale: float, seed: int, n: int, steps: int) -> dict[str, flo
         guider = GradientFreeClassifierGuidance(guide, guidance_scale=scale, threshold=threshold, confusion=rule)
     labels = _sampling.class_labels(n)
     images, calls = _sampling.class_samples(guider, seed=seed, n=n, steps=steps, model=MODEL)
-    logits, features = _sampling.judge(images)
-    right = logits.argmax(1) == labels
+    answers, features = _sampling.judge(images)
+    right = answers == labels
     return {
         ACCURACY: 100 * float(right.double().mean()),
         FRECHET: frechet_distance(features.numpy(), _sampling.real_features()),
