@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from shoestring import zoo
@@ -21,34 +21,11 @@ from shoestring.forget.all_but_one import (
     purify,
 )
 
+from .conftest import class_unet, rng, text_unet
+
 BLOCKS = {"layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": (8,)}
+pytestmark = pytest.mark.usefixtures("seeded")
 SCHEDULER = DDIMScheduler(beta_end=0.012, clip_sample=False, timestep_spacing="trailing")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def class_unet() -> UNet2DModel:
-    sides = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
-    return UNet2DModel(8, 1, 1, num_class_embeds=4, attention_head_dim=4, **sides, **BLOCKS).eval()
-
-
-def text_unet() -> UNet2DConditionModel:
-    sides = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    return UNet2DConditionModel(
-        8, 2, 2, cross_attention_dim=6, attention_head_dim=2, mid_block_type=None, **sides, **BLOCKS
-    ).eval()
 
 
 class Table(nn.Module):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -21,38 +21,11 @@ from shoestring.forget.sfd import (
     time_of_noise,
 )
 
+from .conftest import class_unet, rng, text_unet
+
+pytestmark = pytest.mark.usefixtures("seeded")
 SCHEDULER = DDPMScheduler()
 ALPHAS = pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.2, 3.0])
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(threads)
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def class_unet(classes: int = 4) -> UNet2DModel:
-    sides = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
-    return UNet2DModel(
-        8, 1, 1, num_class_embeds=classes, attention_head_dim=4, layers_per_block=1, norm_num_groups=4,
-        block_out_channels=(8,), **sides,
-    ).eval()  # fmt: skip
-
-
-def text_unet() -> UNet2DConditionModel:
-    sides = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    return UNet2DConditionModel(
-        8, 2, 2, cross_attention_dim=6, attention_head_dim=2, layers_per_block=1, norm_num_groups=4,
-        block_out_channels=(8,), mid_block_type=None, **sides,
-    ).eval()  # fmt: skip
 
 
 def levels(t: Tensor) -> tuple[Tensor, Tensor]:
